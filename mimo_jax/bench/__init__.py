@@ -1,0 +1,1 @@
+"""Benchmarks: one module each; a table for people, one JSON object on the last line."""

@@ -1,0 +1,1 @@
+"""The model: modules that hold parameters, and their forward passes on one device's shards."""

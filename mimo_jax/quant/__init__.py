@@ -1,0 +1,1 @@
+"""Number formats of stored weights: MXFP4 and what training needs of it."""
