@@ -1,0 +1,364 @@
+"""The shapes of a model and of its drafter, read from a Hugging Face config.json."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mimo_jax.errors import MimoError
+
+FULL, SLIDING = 0, 1
+"""Kinds of attention in `hybrid_layer_pattern`."""
+
+_NOT_ARCHITECTURE = frozenset(
+    # What a config.json also holds: provenance, serving, training, other modalities.
+    "_name_or_path architectures attention_chunk_size attention_dropout audio_config auto_map "
+    "bos_token_id dflash_config dtype eos_token_id initializer_range model_type name "
+    "num_nextn_predict_layers pad_token_id processor_config quantization_config "
+    "tokenizer_class torch_dtype transformers_version use_cache vision_config "
+    "audio_end_token_id audio_start_token_id audio_token_id image_token_id video_end_token_id "
+    "video_start_token_id video_token_id vision_end_token_id vision_start_token_id "
+    "sliding_window_size".split()
+)
+_FIXED = {
+    # Fields whose other values would be another architecture.
+    "attention_bias": (False,),
+    "hidden_act": ("silu",),
+    "moe_router_dtype": (None, "float32", "bfloat16"),
+    "n_group": (1, None),
+    "n_shared_experts": (None, 0),
+    "scoring_func": ("sigmoid",),
+    "tie_word_embeddings": (False,),
+    "topk_group": (1, None),
+    "topk_method": ("noaux_tc",),
+    "attention_projection_layout": (None, "split", "fused_qkv"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A MiMo target model; the fields have their names in Xiaomi's config.json.
+
+    `window_includes_self` is ours: a sliding layer's query sees `sliding_window` keys, itself among
+    them. Xiaomi's own code does this; transformers 5.23 shows one more key (set it to False).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    swa_num_key_value_heads: int
+    head_dim: int
+    v_head_dim: int
+    swa_head_dim: int
+    swa_v_head_dim: int
+    hybrid_layer_pattern: tuple[int, ...]
+    moe_layer_freq: tuple[int, ...]
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    partial_rotary_factor: float
+    rope_theta: float
+    swa_rope_theta: float
+    sliding_window: int
+    max_position_embeddings: int
+    layernorm_epsilon: float = 1e-5
+    attention_value_scale: float | None = None
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    add_swa_attention_sink_bias: bool = True
+    add_full_attention_sink_bias: bool = False
+    window_includes_self: bool = True
+    expert_format: str = "mxfp4"
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        layers = self.num_hidden_layers
+        for name in ("hybrid_layer_pattern", "moe_layer_freq"):
+            value = getattr(self, name)
+            _require(len(value) == layers, name, value, f"{layers} entries, one a layer")
+            _require(set(value) <= {0, 1}, name, value, "only zeros and ones")
+        for kv in ("num_key_value_heads", "swa_num_key_value_heads"):
+            value = getattr(self, kv)
+            fits = value > 0 and self.num_attention_heads % value == 0
+            _require(
+                fits, kv, value, f"a divisor of num_attention_heads={self.num_attention_heads}"
+            )
+        for head in ("head_dim", "swa_head_dim"):
+            rotary = int(getattr(self, head) * self.partial_rotary_factor)
+            _require(
+                rotary > 0 and rotary % 2 == 0,
+                f"int({head} * partial_rotary_factor)",
+                rotary,
+                "an even number, at least 2, of rotated dimensions",
+            )
+        if any(self.moe_layer_freq):
+            chosen, experts = self.num_experts_per_tok, self.n_routed_experts
+            fits = 0 < chosen <= experts
+            _require(fits, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
+        formats = ("mxfp4", "dense")
+        _require(self.expert_format in formats, "expert_format", self.expert_format, str(formats))
+
+    @property
+    def window(self) -> int:
+        """Keys that a query of a sliding layer sees, itself included."""
+        return self.sliding_window + (not self.window_includes_self)
+
+    def attention(self, layer: int) -> "AttentionConfig":
+        """Shapes of one layer's attention."""
+        full = self.hybrid_layer_pattern[layer] == FULL
+        head = self.head_dim if full else self.swa_head_dim
+        return AttentionConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads if full else self.swa_num_key_value_heads,
+            head_dim=head,
+            v_head_dim=self.v_head_dim if full else self.swa_v_head_dim,
+            rotary_dim=int(head * self.partial_rotary_factor),
+            rope_theta=self.rope_theta if full else self.swa_rope_theta,
+            window=None if full else self.window,
+            value_scale=self.attention_value_scale or 1.0,
+            sink=self.add_full_attention_sink_bias if full else self.add_swa_attention_sink_bias,
+        )
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
+        """Reads the fields of a config.json; absent ones get the meaning that Xiaomi's code gives.
+
+        Raises:
+          MimoError: for an architecture field that is unknown or has a value that is not supported.
+        """
+        fields = _flatten_rope(dict(fields))
+        eos = fields.get("eos_token_id")
+        quantization = fields.get("quantization_config") or {}
+        stored_fp4 = quantization.get("store_dtype") == "mxfp4"
+        fields.setdefault("expert_format", "mxfp4" if stored_fp4 else "dense")
+        fields.setdefault(
+            "eos_token_ids", [] if eos is None else [eos] if isinstance(eos, int) else eos
+        )
+        _apply_defaults(fields)
+        fields.pop("swa_num_attention_heads", None)
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in sorted(fields.keys() - names - _NOT_ARCHITECTURE):
+            if name not in _FIXED:
+                raise MimoError(
+                    f"config field {name}={fields[name]!r} is not known to mimo_jax. If it changes "
+                    "the model, this version cannot run it; if it does not, delete it from "
+                    "config.json."
+                )
+            _require(fields[name] in _FIXED[name], name, fields[name], f"one of {_FIXED[name]}")
+        return _build(cls, {name: fields[name] for name in names & fields.keys()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a config.json holds them; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer, of the target or of the drafter. `window` None is full attention."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    rotary_dim: int
+    rope_theta: float
+    window: int | None
+    value_scale: float
+    sink: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """A DFlash drafter; the fields have their names in the drafter's config.json.
+
+    `target_layer_ids` are 0-based layers of the target, whose outputs are the drafter's features.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    rope_theta: float
+    sliding_window: int
+    partial_rotary_factor: float = 1.0
+    rms_norm_eps: float = 1e-6
+    attention_value_scale: float | None = None
+    add_swa_attention_sink_bias: bool = False
+
+    def __post_init__(self):
+        _require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
+        kv, heads = self.num_key_value_heads, self.num_attention_heads
+        fits = kv > 0 and heads % kv == 0
+        _require(fits, "num_key_value_heads", kv, f"a divisor of num_attention_heads={heads}")
+        window, block = self.sliding_window, self.block_size
+        _require(window >= block, "sliding_window", window, f"at least block_size={block}")
+        ids = self.target_layer_ids
+        _require(len(ids) > 0 and min(ids) >= 0, "target_layer_ids", ids, "layers from 0 on")
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Shapes of each layer's attention."""
+        return AttentionConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.head_dim,
+            rotary_dim=int(self.head_dim * self.partial_rotary_factor),
+            rope_theta=self.rope_theta,
+            window=self.sliding_window,
+            value_scale=self.attention_value_scale or 1.0,
+            sink=self.add_swa_attention_sink_bias,
+        )
+
+    def check_target(self, target: ModelConfig) -> None:
+        """Raises a MimoError unless the drafter can serve this target."""
+        same = self.hidden_size == target.hidden_size
+        _require(
+            same, "drafter hidden_size", self.hidden_size, f"the target's {target.hidden_size}"
+        )
+        last = target.num_hidden_layers - 1
+        ids = self.target_layer_ids
+        _require(max(ids) <= last, "target_layer_ids", ids, f"layers 0 to {last} of the target")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "DrafterConfig":
+        """Reads a drafter's config.json, with `dflash_config` inside it or its fields beside it.
+
+        Raises:
+          MimoError: for a field that is missing, unknown or not supported.
+        """
+        fields = _flatten_rope(dict(fields))
+        fields |= fields.pop("dflash_config", None) or {}
+        fields.setdefault("sliding_window", fields.pop("swa_window_size", None))
+        if fields.pop("attention_sink_bias", False):
+            fields["add_swa_attention_sink_bias"] = True
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name, allowed in _DRAFTER_FIXED.items():
+            if name in fields:
+                value = fields.pop(name)
+                _require(allowed is None or value in allowed, name, value, f"one of {allowed}")
+        layer_types = set(fields.pop("layer_types", None) or ["sliding_attention"])
+        only = {"sliding_attention"}
+        _require(
+            layer_types == only, "layer_types", layer_types, "sliding_attention in every layer"
+        )
+        v_head = fields.pop("v_head_dim", fields.get("head_dim"))
+        _require(v_head == fields.get("head_dim"), "v_head_dim", v_head, "equal to head_dim")
+        for name in sorted(fields.keys() - names - _NOT_ARCHITECTURE):
+            raise MimoError(
+                f"drafter config field {name}={fields[name]!r} is not known to mimo_jax."
+            )
+        return _build(cls, {name: fields[name] for name in names & fields.keys()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a config.json holds them; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+
+_DRAFTER_FIXED = {
+    # None: read by nothing in the forward pass (dflash.md's training and serving keys).
+    "attention_bias": (False,),
+    "backbone_rotary_base": None,
+    "hidden_act": ("silu",),
+    "is_causal": (False,),
+    "loss_decay_gamma": None,
+    "max_position_embeddings": None,
+    "max_window_layers": None,
+    "num_anchors": None,
+    "num_target_layers": None,
+    "rope_scaling": (None,),
+    "tie_word_embeddings": None,
+    "use_sliding_window": (True,),
+    "use_swa": (True,),
+}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object from a file, with an error that names the file."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MimoError(f"{path} does not exist: give the directory of a checkpoint.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MimoError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise MimoError(f"{path} holds a {type(value).__name__}; it must hold one JSON object.")
+    return value
+
+
+def _require(fits: bool, name: str, value: Any, allowed: str) -> None:
+    if not fits:
+        raise MimoError(f"{name}={value!r} is not allowed: it must be {allowed}.")
+
+
+def _flatten_rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` overrides the flat fields; a `rope_scaling` of type default means none."""
+    rope = fields.pop("rope_parameters", None) or {}
+    scaling = fields.pop("rope_scaling", None) or {}
+    for source in (rope, scaling):
+        kind = source.get("rope_type", source.get("type", "default"))
+        _require(kind == "default", "rope_type", kind, "'default'")
+    fields |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    return fields
+
+
+def _apply_defaults(fields: dict[str, Any]) -> None:
+    """Fills absent fields in as Xiaomi's configuration class does."""
+    layers = fields.get("num_hidden_layers", 0)
+    heads = fields.get("num_attention_heads", 1)
+    window = fields.get("sliding_window_size", 128)
+    freq = fields.get("moe_layer_freq")
+    if isinstance(freq, int):
+        fields["moe_layer_freq"] = [int(i % freq == 0) for i in range(layers)]
+    fields.setdefault("head_dim", fields.get("hidden_size", 0) // heads)
+    # Every period-th layer is full; without a period all are.
+    period = fields.pop("hybrid_block_size", None) or 1
+    defaults = {
+        "hybrid_layer_pattern": [FULL if (i + 1) % period == 0 else SLIDING for i in range(layers)],
+        "moe_layer_freq": [0] * layers,
+        "v_head_dim": fields["head_dim"],
+        "swa_head_dim": fields["head_dim"],
+        "swa_num_key_value_heads": fields.get("num_key_value_heads"),
+        "swa_rope_theta": fields.get("rope_theta"),
+        "partial_rotary_factor": 1.0,
+        "sliding_window": window,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+    }
+    for name, value in defaults.items():
+        if fields.get(name) is None:
+            fields[name] = value
+    if fields.get("swa_v_head_dim") is None:
+        fields["swa_v_head_dim"] = fields["swa_head_dim"]
+    swa_heads = fields.get("swa_num_attention_heads") or heads
+    _require(
+        swa_heads == heads, "swa_num_attention_heads", swa_heads, f"num_attention_heads={heads}"
+    )
+
+
+def _build(cls, values: dict[str, Any]):
+    """Constructs a config, lists as tuples, and names the required fields that are missing."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields = dataclasses.fields(cls)
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    for field in fields:
+        # JSON writers drop the point of a whole number: rope_theta is 5000000 in Xiaomi's files.
+        if field.type in (float, float | None) and type(values.get(field.name)) is int:
+            values[field.name] = float(values[field.name])
+    missing = sorted(required - values.keys())
+    if missing:
+        raise MimoError(f"config.json lacks {', '.join(missing)}, which {cls.__name__} needs.")
+    return cls(**values)
