@@ -1,0 +1,76 @@
+"""Sets JAX up for the tests before anything imports it; holds the fixtures that all of them use.
+
+Environment:
+  MIMO_TEST_PLATFORM: "cpu" (default; eight virtual devices) or "gpu".
+  MIMO_TEST_SEED: the seed of the fixture `rng`; without it each test draws a fresh one.
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+VIRTUAL_DEVICES = 8
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
+
+
+def _set_environment() -> None:
+    """Environment variables rather than jax.config: the commands that tests start inherit them."""
+    platform = os.environ.get("MIMO_TEST_PLATFORM", "cpu")
+    if platform not in PLATFORMS:
+        raise pytest.UsageError(f"MIMO_TEST_PLATFORM={platform!r} is not one of {list(PLATFORMS)}.")
+    os.environ["JAX_PLATFORMS"] = PLATFORMS[platform]
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [f for f in flags if "host_platform_device_count" not in f]
+    flags.append(f"--xla_force_host_platform_device_count={VIRTUAL_DEVICES}")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    # Entries are not written atomically, so that processes of pytest-xdist do not share a folder.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = ROOT / ".cache" / "tests" / f"python{sys.version_info.minor}-{worker}"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+_set_environment()
+import jax  # noqa: E402  (its settings are read when it is imported)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A first example compiles: no deadline on single examples, pytest-timeout bounds the test.
+settings.register_profile("mimo", deadline=None, print_blob=True)
+settings.load_profile("mimo")
+
+
+def _missing(marker: str) -> str | None:
+    """Why tests of this marker cannot run here, or None."""
+    if marker in ("gpu", "gpu8"):
+        needed = 8 if marker == "gpu8" else 1
+        platform, count = jax.default_backend(), jax.device_count()
+        if platform != "gpu" or count < needed:
+            return f"needs {needed} GPU(s); here: {count} {platform} device(s)"
+    if marker == "oracle":
+        absent = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+        if absent:
+            return f"{', '.join(absent)} not installed: pip install -e '.[dev,oracle]'"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    """Skips, with the reason, tests whose device or package is not here."""
+    for marker in ("gpu", "gpu8", "oracle"):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = _missing(marker) if marked else None
+        for item in marked if reason else ():
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A fresh generator for each test; a failure's report shows the seed that repeats it."""
+    seed = int(os.environ.get("MIMO_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
+    print(f"MIMO_TEST_SEED={seed}")
+    return np.random.default_rng(seed)
