@@ -1,0 +1,206 @@
+"""The public face of the expert FFN: argument checks and the choice of an implementation."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+from jaxtyping import Array, Float, Int32, Shaped, UInt8
+
+from pallas_kernels.expert_ffn.layout import KernelWeights, unpack_experts
+from pallas_kernels.expert_ffn.reference import expert_ffn_reference
+from pallas_kernels.mxfp4 import BLOCK
+
+IMPLEMENTATIONS = ("auto", "reference", "mosaic_gpu")
+LEAST_JAX = (0, 11, 2)
+"""The first jax whose Mosaic GPU the kernel is written for; it needs Python 3.12."""
+MOST_CHOICES = 1 << 15
+"""Choices (tokens times choices a token) of a kernel call: its work list compares all pairs."""
+HOPPER = "9."
+
+_log = logging.getLogger("pallas_kernels")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """One layer's experts: packed MXFP4 (with scales) or dense (without).
+
+    `gate_up[:, 0]` is the gate projection and `gate_up[:, 1]` the up projection; rows are outputs,
+    columns inputs, two MXFP4 columns a byte.
+    """
+
+    gate_up: Shaped[Array, "e 2 f d_stored"]
+    down: Shaped[Array, "e d f_stored"]
+    gate_up_scale: UInt8[Array, "e 2 f d_blocks"] | None = None
+    down_scale: UInt8[Array, "e d f_blocks"] | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are MXFP4."""
+        return self.gate_up_scale is not None
+
+
+def expert_ffn(
+    x: Float[Array, "t d"],
+    weights: ExpertWeights | KernelWeights,
+    expert_ids: Int32[Array, "t c"],
+    routing: Float[Array, "t c"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "t d"]:
+    """Sums each token's chosen experts: routing * down(silu(gate x) * (up x)).
+
+    "reference" is plain jnp in float32 and takes all weights. "mosaic_gpu" is the kernel for
+    Hopper: it takes `KernelWeights`, made once by `pack_experts`, and x in bfloat16, any number of
+    tokens. "auto" takes the kernel where it can run: in a program for GPUs, given KernelWeights.
+    The program's platform is known when it is lowered, so that traces under jit, shard_map or for a
+    described device are all the same. On a GPU without the kernel, the reason is logged once.
+
+    Args:
+      x: tokens.
+      weights: all experts of a layer.
+      expert_ids: each token's c choices. An id outside [0, e) is a dead choice: it adds nothing and
+        no weight is read for it.
+      routing: float32 weights of the choices.
+      implementation: "auto", or the name of one, which then runs or raises.
+
+    Returns:
+      float32 sums in ascending order of expert id, so that a token's bits never depend on the
+      others. Within one implementation: the kernel rounds the hidden values to bfloat16, the
+      reference nothing.
+
+    Raises:
+      ValueError: on shapes, types or weights that do not fit, or an unknown implementation.
+      NotImplementedError: if "mosaic_gpu" cannot run here.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    _check(x, weights, expert_ids, routing)
+    if implementation == "reference":
+        return _reference(x, weights, expert_ids, routing)
+    refusal = _misfit(x, weights, expert_ids) or kernel_absence()
+    if refusal is None:
+        from pallas_kernels.expert_ffn.mosaic_gpu import expert_ffn_mosaic
+
+        other = _reference if implementation == "auto" else _refuse
+        return jax.lax.platform_dependent(
+            x, weights, expert_ids, routing, cuda=expert_ffn_mosaic, default=other
+        )
+    if implementation == "mosaic_gpu":
+        raise refusal
+    if jax.default_backend() == "gpu":
+        _log_once(str(refusal))
+    return _reference(x, weights, expert_ids, routing)
+
+
+def _reference(x, weights, expert_ids, routing):
+    if isinstance(weights, KernelWeights):
+        weights = ExpertWeights(*unpack_experts(weights))
+    return expert_ffn_reference(x, weights, expert_ids, routing)
+
+
+def _misfit(x, weights, expert_ids) -> ValueError | None:
+    """Why the kernel cannot take these arguments."""
+    if not isinstance(weights, KernelWeights):
+        kind = "MXFP4 in the checkpoint's order" if weights.packed else "dense"
+        way = (
+            "pack them once, at load, with pack_experts"
+            if weights.packed
+            else "quantise them first"
+        )
+        return ValueError(
+            f"implementation='mosaic_gpu' takes KernelWeights; these are {kind}: {way}."
+        )
+    if x.dtype != jax.numpy.bfloat16:
+        return ValueError(
+            f"implementation='mosaic_gpu' takes x in bfloat16, not {x.dtype}: cast it, or use "
+            "implementation='reference'."
+        )
+    if expert_ids.size > MOST_CHOICES:
+        return ValueError(
+            f"implementation='mosaic_gpu' takes at most {MOST_CHOICES} choices a call; expert_ids "
+            f"{expert_ids.shape} has {expert_ids.size}: call it for fewer tokens."
+        )
+    return None
+
+
+def kernel_absence() -> NotImplementedError | None:
+    """Why "mosaic_gpu" cannot run here, whatever its arguments; None if there is no reason.
+
+    A machine without a GPU gives none: its programs may be compiled for another.
+    """
+    if jax.__version_info__ < LEAST_JAX:
+        return NotImplementedError(
+            "implementation='mosaic_gpu' needs jax >= 0.11.2, on Python 3.12 or newer; here is jax "
+            f"{jax.__version__}. Install mimo-jax[cuda13] there, or use implementation='reference'."
+        )
+    if jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+        capability = str(getattr(device, "compute_capability", "unknown"))
+        if not capability.startswith(HOPPER):
+            return NotImplementedError(
+                f"implementation='mosaic_gpu' is for Hopper GPUs (compute capability 9.0); "
+                f"{device.device_kind} has {capability}. Use implementation='reference'."
+            )
+    return None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _log.warning("Experts run on the slow reference: %s", reason)
+
+
+def _refuse(x, weights, expert_ids, routing):
+    """Stands for the kernel in programs for other platforms; to lower it raises."""
+    return _refusal().bind(x)
+
+
+@functools.cache
+def _refusal():
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
+
+    primitive = Primitive("expert_ffn_mosaic_gpu_elsewhere")
+    primitive.def_abstract_eval(lambda x: x.update(dtype=jax.numpy.dtype("float32")))
+
+    def lower(context, _):
+        platforms = context.module_context.platforms
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
+            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
+        )
+
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+def _check(x, weights, expert_ids, routing):
+    d = x.shape[-1]
+    if expert_ids.shape != routing.shape or expert_ids.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"x {x.shape}, expert_ids {expert_ids.shape} and routing {routing.shape} must be "
+            "[t, d], [t, c] and [t, c]."
+        )
+    if isinstance(weights, KernelWeights):
+        up, down = weights.gate_up_plan, weights.down_plan
+        if (up.columns, down.rows, 2 * down.columns) != (d, d, up.rows):
+            raise ValueError(
+                f"x has {d} columns; these weights are for gate/up [{up.rows}, {up.columns}] "
+                f"and down [{down.rows}, {down.columns}]."
+            )
+        return
+    experts, _, width, _ = weights.gate_up.shape
+    columns = (d, width)
+    stored = tuple(n // 2 for n in columns) if weights.packed else columns
+    expected = {"gate_up": (experts, 2, width, stored[0]), "down": (experts, d, stored[1])}
+    if weights.packed:
+        expected["gate_up_scale"] = (experts, 2, width, columns[0] // BLOCK)
+        expected["down_scale"] = (experts, d, columns[1] // BLOCK)
+    for name, shape in expected.items():
+        actual = getattr(weights, name).shape
+        if actual != shape:
+            raise ValueError(
+                f"{name} has shape {actual}, but x {x.shape} and gate_up {weights.gate_up.shape} "
+                f"need {shape} ({'MXFP4, blocks of 32' if weights.packed else 'dense'} weights)."
+            )

@@ -1,0 +1,29 @@
+"""Variants of the expert kernel's hooks for benchmarks: what does a part of the work cost?"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.expert_ffn.lanes import Lanes, carrier, zeros
+
+
+def folded(plan, swiglu):
+    """Scales multiplied into the weights instead of the sums."""
+    return Lanes(plan, swiglu, fold=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream(Lanes):
+    """Moves every byte and computes nothing: the ring's own speed. Its results are zeros."""
+
+    def multiply(self, sums, x, part, stage_ref, group):
+        """Leaves the stage unread."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(), return_type=plgpu.ShapeDtypeStruct((512,), jnp.float32, layout=carrier(4))
+        )
+        def run(_):
+            return zeros()
+
+        return run()

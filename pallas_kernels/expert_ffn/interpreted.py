@@ -1,0 +1,69 @@
+"""The expert kernel's hooks in plain jnp, for Pallas' interpreter on a CPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.expert_ffn.layout import Plan, unpack_stages
+from pallas_kernels.mxfp4 import decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreted:
+    """The hooks of `lanes.Lanes` over whole warpgroups: arrays [4 warps, ...], not registers."""
+
+    plan: Plan
+    swiglu: bool
+
+    def gather(self, x_ref, row_ref, slot, group):
+        """[4, 8, slice] float32; a row of -1 is zeros."""
+        rows = []
+        for i in range(8):
+            row = row_ref[slot, i]
+            values = x_ref[jnp.maximum(row, 0), :].astype(jnp.float32)
+            rows.append(jnp.where(row >= 0, values, jnp.zeros_like(values)))
+        x = jnp.stack(rows)
+        width = self.plan.slice_columns
+        pieces = [lax.rem(4 * group + warp, self.plan.column_warps) for warp in range(4)]
+        return jnp.stack([lax.dynamic_slice_in_dim(x, piece * width, width, 1) for piece in pieces])
+
+    def multiply(self, sums, x, part, stage_ref, group):
+        """Adds one stage's product to sums [4, 16, 8]."""
+        codes, scales = unpack_stages(stage_ref[...].reshape(1, -1), self.plan)
+        weights = lax.dynamic_slice_in_dim(decode(codes, scales)[0], 4 * group, 4)
+        width = self.plan.part_columns
+        product = jnp.einsum("prk,pnk->prn", weights, x[:, :, part * width : (part + 1) * width])
+        return product if sums is None else sums + product
+
+    def release(self):
+        """Nothing: the interpreter's memory has one proxy."""
+
+    def put(self, sums, ref):
+        """Lane 4 g + c holds rows g, g + 8 of tokens 2 c, 2 c + 1."""
+        ref[...] = sums.reshape(4, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(512)
+
+    def finish(self, sums_ref, row_ref, share_ref, out_ref, slot, unit):
+        """Adds the slices in order and writes the rows of the tokens that chose the expert."""
+        p = self.plan
+        lanes = sums_ref[...].reshape(p.row_warps, p.column_warps, 8, 4, 2, 2)
+        total = lanes[:, 0]
+        for piece in range(1, p.column_warps):
+            total = total + lanes[:, piece]
+        total = total.transpose(2, 4, 0, 3, 1).reshape(8, p.row_warps, 2, 8)  # token, tile, half, g
+        if self.swiglu:
+            values = jax.nn.silu(total[:, :, 0]) * total[:, :, 1]
+            values = values.reshape(8, p.row_warps * 8)
+        else:
+            values = total.reshape(8, p.row_warps * 16)
+        width = values.shape[1]
+        for token in range(8):
+            target = row_ref[slot, token]
+
+            def write(token=token, target=target):
+                row = values[token] * share_ref[slot, token] if self.swiglu else values[token]
+                out_ref[target, pl.ds(unit * width, width)] = row.astype(out_ref.dtype)
+
+            pl.when(target >= 0)(write)

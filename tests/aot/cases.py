@@ -1,0 +1,148 @@
+"""The programs that test_h200.py compiles: each takes a mesh and returns a Case."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from h200 import Case
+from jax.sharding import PartitionSpec
+
+from mimo_jax.decode.options import Request
+from mimo_jax.decode.program import (
+    GPU_OPTIONS,
+    Settings,
+    make_plan,
+    make_program,
+    state_maker,
+)
+from mimo_jax.presets import drafter_preset, preset
+from mimo_jax.sharding import shardings
+from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.expert_ffn.lanes import Lanes
+from pallas_kernels.expert_ffn.layout import KernelWeights, plan_for
+from pallas_kernels.expert_ffn.mosaic_gpu import expert_ffn_mosaic
+from pallas_kernels.expert_ffn.shapes import SHAPES, Shape
+
+LAYERS = 24
+
+
+def abstract(shape: Shape, t: int):
+    """x, packed weights, expert ids and routing of a layer."""
+    plans = plan_for(2 * shape.f, shape.d), plan_for(shape.d, shape.f)
+    words = [jax.ShapeDtypeStruct((shape.e, *plan.packed_shape), jnp.uint32) for plan in plans]
+    return (
+        jax.ShapeDtypeStruct((t, shape.d), jnp.bfloat16),
+        KernelWeights(*words, *plans),
+        jax.ShapeDtypeStruct((t, shape.c), jnp.int32),
+        jax.ShapeDtypeStruct((t, shape.c), jnp.float32),
+    )
+
+
+def kernel(name: str, t: int) -> Case:
+    """The kernel by itself."""
+    return Case(
+        jax.jit(functools.partial(expert_ffn, implementation="mosaic_gpu")),
+        abstract(SHAPES[name], t),
+    )
+
+
+def kernel_pro_tp8(mesh) -> Case:
+    """A rank of eight, a block of 8."""
+    return kernel("pro-tp8", 8)
+
+
+def kernel_pro(mesh) -> Case:
+    """Whole experts, one token."""
+    return kernel("pro", 1)
+
+
+def kernel_nano(mesh) -> Case:
+    """The shipped model, two blocks of 8."""
+    return kernel("nano", 16)
+
+
+def kernel_prefill(mesh) -> Case:
+    """A rank of eight, a chunk of a prompt."""
+    return kernel("pro-tp8", 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Lanes):
+    """The kernel's hooks, counting how often a kernel body is traced."""
+
+    traced = 0
+
+    def gather(self, *args):
+        """Called once by a trace of the body."""
+        Counted.traced += 1
+        return super().gather(*args)
+
+
+def layers_in_a_loop(mesh) -> Case:
+    """Many layers of one kind, with weights of their own, in a while-loop on every device."""
+    shape = SHAPES["nano"]
+    x, weights, ids, routing = abstract(shape, 8)
+
+    def program(x, layers, ids, routing, rounds):
+        def one_round(carry):
+            left, x = carry
+            for weights in layers:
+                y = expert_ffn_mosaic(x, weights, (ids + left) % shape.e, routing, hooks=Counted)
+                x = (x + jax.lax.psum(y, mesh.axis_names).astype(x.dtype)) * 0.5
+            return left - 1, x
+
+        return jax.lax.while_loop(lambda carry: carry[0] > 0, one_round, (rounds, x))[1]
+
+    everywhere = PartitionSpec()
+    sharded = jax.shard_map(
+        program, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
+    )
+    rounds = jax.ShapeDtypeStruct((), jnp.int32)
+    return Case(
+        jax.jit(sharded),
+        (x, [weights] * LAYERS, ids, routing, rounds),
+        GPU_OPTIONS,
+        lambda: {"traced": Counted.traced},
+    )
+
+
+def layers_without_options(mesh) -> Case:
+    """The same with XLA's default options, which leave the loop to the host."""
+    return dataclasses.replace(layers_in_a_loop(mesh), options={})
+
+
+def auto_in_a_program(mesh) -> Case:
+    """`auto` on packed weights, traced on a machine without a GPU, becomes the kernel alone."""
+    return Case(jax.jit(expert_ffn), abstract(SHAPES["nano"], 8))
+
+
+def decode_nano(mesh) -> Case:
+    """The whole decode program of mimo-nano, drafts included."""
+    plan = make_plan(
+        preset("mimo-nano"), drafter_preset("mimo-nano"), mesh, packed=True, dtype=jnp.bfloat16
+    )
+    settings = Settings(batch=1, max_len=2048, block=8, chunk=64, dtype=jnp.bfloat16)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        plan.params,
+        plan.param_shardings,
+    )
+    state = jax.eval_shape(state_maker(plan, settings))
+    everywhere = shardings(PartitionSpec(), mesh)
+
+    def argument(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    request = Request(
+        limit=argument(jnp.int32, 1),
+        pause=argument(jnp.int32, 1),
+        eos=argument(jnp.int32, 1),
+        temperature=argument(jnp.float32, 1),
+        top_p=argument(jnp.float32, 1),
+        top_k=argument(jnp.int32, 1),
+        seed=argument(jnp.uint32),
+        sequence=argument(jnp.int32, 1),
+        max_draft=argument(jnp.int32),
+    )
+    return Case(make_program(plan, settings), (params, state, request), GPU_OPTIONS)

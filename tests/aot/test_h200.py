@@ -1,0 +1,67 @@
+"""What the compilers make of our programs for an H200, on a machine that has none."""
+
+import h200
+import pytest
+from h200 import report
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(h200.missing()), reason=h200.missing() or ""),
+]
+KERNELS = ["expert_down", "expert_gate_up"]
+LAYERS = 24
+
+
+@pytest.mark.parametrize("case", ["pro_tp8", "pro", "nano", "prefill"])
+def test_the_kernel_does_not_spill(case):
+    found = report(f"kernel_{case}")
+    assert sorted(kernel.name for kernel in found.kernels) == KERNELS
+    assert [kernel.spilled_bytes for kernel in found.kernels] == [0, 0]
+    assert all(0 < kernel.registers <= 168 for kernel in found.kernels)
+    # A stage of the ring is read by threads and written by the copy engine; see README.md.
+    assert all(kernel.proxy_fences > 0 for kernel in found.kernels)
+    assert not found.outside
+
+
+def test_many_layers_in_a_loop_are_one_graph_of_one_trace_and_one_compile():
+    found = report("layers_in_a_loop")
+    assert found.launches == len(KERNELS) * LAYERS
+    assert found.counters == {"traced": len(KERNELS)}
+    assert found.lowered == len(KERNELS)
+    assert sorted(kernel.name for kernel in found.kernels) == KERNELS
+    assert not found.outside and len(found.graphs) == 1
+    assert found.graphs[0].count("kWhile") == 1
+    assert found.graphs[0].count("kCustomCall") == found.launches
+
+
+def test_without_our_options_the_host_runs_the_loop():
+    found = report("layers_without_options")
+    assert "kWhile" in found.outside
+
+
+def test_eight_devices_launch_the_same_two_kernels():
+    found = report("layers_in_a_loop", devices=8)
+    assert sorted(kernel.name for kernel in found.kernels) == KERNELS
+    assert found.launches == len(KERNELS) * LAYERS
+
+
+def test_auto_becomes_the_kernel_without_a_branch():
+    found = report("auto_in_a_program")
+    assert found.launches == len(KERNELS)
+    assert not {"kConditional", "kWhile"} & {kind for graph in found.graphs for kind in graph}
+
+
+def test_the_decode_program_is_one_graph():
+    found = report("decode_nano")
+    assert not found.outside and len(found.graphs) == 1
+    assert found.graphs[0].count("kWhile") >= 2
+
+
+def test_a_kernel_that_spills_is_seen(tmp_path):
+    (tmp_path / "expert_down_0.ptxas").write_text(
+        "ptxas info: Compiling entry function 'k' for 'sm_90a'\n"
+        "    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info: Used 168 registers, used 1 barriers\n"
+    )
+    assert h200.read_kernels(str(tmp_path)) == [h200.Kernel("expert_down", 168, 12)]

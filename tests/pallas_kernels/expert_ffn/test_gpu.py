@@ -1,0 +1,104 @@
+"""The expert kernel on a real GPU: right in every element, the same bits whatever is around."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_cases import distance, random_experts, random_routing
+
+from pallas_kernels.expert_ffn import expert_ffn, kernel_absence, pack_experts
+from pallas_kernels.expert_ffn.shapes import SHAPES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(kernel_absence()), reason=str(kernel_absence())),
+]
+TOLERANCE = 5e-3
+EXPERTS = 40
+
+kernel = jax.jit(functools.partial(expert_ffn, implementation="mosaic_gpu"))
+
+
+@jax.jit
+def reference(*arguments):
+    with jax.default_matmul_precision("highest"):
+        return expert_ffn(*arguments, implementation="reference")
+
+
+def make(rng, name, t, experts=EXPERTS, scales=(118, 124)):
+    """x, weights in the checkpoint's order, ids and routing, of a real shape with fewer experts."""
+    shape = SHAPES[name]
+    weights = random_experts(rng, experts, shape.d, shape.f, scales)
+    ids, routing = random_routing(rng, t, min(shape.c, experts), experts)
+    x = jnp.asarray(rng.normal(size=(t, shape.d)), jnp.bfloat16)
+    return x, weights, ids, routing
+
+
+def poison(gib=2):
+    """Memory that the next program gets holds NaN."""
+    jax.block_until_ready(jnp.full(gib << 28, jnp.nan, jnp.float32)).delete()
+
+
+@pytest.mark.parametrize("name", ["pro-tp8", "flash-tp8", "nano", "pro-tp2"])
+@pytest.mark.parametrize("t", [1, 8, 13])
+def test_matches_the_reference(name, t, rng):
+    x, weights, ids, routing = make(rng, name, t)
+    if t > 1:
+        ids[0, 0], ids[1, 0], ids[2, 1] = EXPERTS, ids[1, 1], -1
+    packed = jax.jit(pack_experts)(weights)
+    poison()
+    out = kernel(x, packed, ids, routing)
+    assert distance(out, np.asarray(reference(x, weights, ids, routing), np.float64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("active", [1, 2, 17, 64, 128])
+def test_any_number_of_active_experts(active, rng):
+    x, weights, _, routing = make(rng, "pro-tp8", 16, experts=128)
+    ids = np.resize(rng.permutation(128)[:active], 16 * 8).reshape(16, 8).astype(np.int32)
+    packed = jax.jit(pack_experts)(weights)
+    poison()
+    out = kernel(x, packed, ids, routing)
+    assert distance(out, np.asarray(reference(x, weights, ids, routing), np.float64)) < TOLERANCE
+
+
+def test_all_codes_under_all_scales(rng):
+    """2^-20 to 2^10, one scale a matrix and run, so that small ones are not lost among large."""
+    for scale in range(107, 138):
+        x, weights, ids, routing = make(rng, "nano", 8, 8, (scale, scale + 1))
+        x = (x.astype(jnp.float32) * 2.0 ** (118 - scale)).astype(jnp.bfloat16)
+        out = kernel(x, jax.jit(pack_experts)(weights), ids, routing)
+        expected = np.asarray(reference(x, weights, ids, routing), np.float64)
+        assert distance(out, expected) < TOLERANCE
+
+
+def test_fifty_runs_give_the_same_bits(rng):
+    x, weights, ids, routing = make(rng, "pro-tp8", 8)
+    packed = jax.jit(pack_experts)(weights)
+    first = np.asarray(kernel(x, packed, ids, routing))
+    for _ in range(50):
+        np.testing.assert_array_equal(kernel(x, packed, ids, routing), first)
+
+
+@pytest.mark.parametrize("t", [8, 70])
+def test_a_row_keeps_its_bits_in_200_other_blocks(t, rng):
+    """In any slot, among any rows and experts, in a block of 8 or in a chunk of a prompt."""
+    x, weights, ids, routing = make(rng, "pro-tp8", 8)
+    packed = jax.jit(pack_experts)(weights)
+    first = np.asarray(kernel(x, packed, ids, routing))
+    for _ in range(200):
+        row, slot = rng.integers(8), rng.integers(t)
+        others, shares = random_routing(rng, t, 8, EXPERTS)
+        others[rng.random(t) < 0.2] = EXPERTS
+        others[slot], shares[slot] = ids[row], routing[row]
+        rows = jnp.asarray(rng.normal(size=(t, x.shape[1])), jnp.bfloat16).at[slot].set(x[row])
+        np.testing.assert_array_equal(kernel(rows, packed, others, shares)[slot], first[row])
+
+
+def test_auto_is_the_kernel(rng):
+    x, weights, ids, routing = make(rng, "nano", 8)
+    packed = jax.jit(pack_experts)(weights)
+    np.testing.assert_array_equal(
+        jax.jit(expert_ffn)(x, packed, ids, routing), kernel(x, packed, ids, routing)
+    )

@@ -1,0 +1,164 @@
+"""The expert kernel's ring, index maps and division of work, interpreted against the oracle.
+
+Memory that nobody wrote is NaN in the interpreter, so that every result here also shows that each
+element was written.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_cases import distance, oracle, random_experts, random_routing
+from jax.experimental import pallas as pl
+
+plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+
+from pallas_kernels.expert_ffn import interpreted, layout, mosaic_gpu  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="the Mosaic GPU kernels need jax >= 0.11.2"
+)
+D, F, EXPERTS, CHOICES = 256, 64, 5, 2
+# Two warpgroups, two slices of two parts, two units; and one warpgroup, four units.
+PLANS = layout.Plan(2 * F, D, 4, 2, 2), layout.Plan(D, F, 4, 1, 1)
+TOLERANCE = 5e-3
+
+
+@functools.partial(jax.jit, static_argnames=("hooks",))
+def _run(x, packed, ids, routing, hooks):
+    # More blocks than some experts have units, fewer stages than a unit has parts in flight.
+    return mosaic_gpu.expert_ffn_mosaic(
+        x, packed, ids, routing, ctas=3, stages=2, hooks=hooks, interpret=plgpu.InterpretGPUParams()
+    )
+
+
+def run(x, weights, ids, routing, hooks=interpreted.Interpreted):
+    packed = layout.pack_experts(weights, *PLANS)
+    return np.asarray(_run(x, packed, jnp.asarray(ids), jnp.asarray(routing), hooks))
+
+
+def tokens(rng, t):
+    return jnp.asarray(rng.normal(size=(t, D)), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("t", "experts"), [(4, EXPERTS), (10, 2)])
+def test_matches_the_oracle(t, experts, rng):
+    """With a dead choice, a double one and, for many tokens, experts of several slots."""
+    weights = random_experts(rng, experts, D, F)
+    ids, routing = random_routing(rng, t, CHOICES, experts)
+    ids[0, 0], ids[1, 0], ids[2, 1] = experts, ids[1, 1], -1
+    x = tokens(rng, t)
+    assert distance(run(x, weights, ids, routing), oracle(x, weights, ids, routing)) < TOLERANCE
+
+
+def test_all_codes_under_all_scales(rng):
+    """Scales 2^-20 to 2^10: results of many sizes, so that rows are compared one by one."""
+    weights = random_experts(rng, EXPERTS, D, F, scales=(107, 138))
+    for codes, scales in (
+        (weights.gate_up, weights.gate_up_scale),
+        (weights.down, weights.down_scale),
+    ):
+        assert len(np.unique(np.asarray(codes) & 15)) == 16
+        assert len(np.unique(scales)) == 31
+    ids, routing = random_routing(rng, 4, CHOICES, EXPERTS)
+    # Sums of at most some thousands: silu must not be all 0 or all linear.
+    x = (tokens(rng, 4).astype(jnp.float32) * 2.0**-12).astype(jnp.bfloat16)
+    out, expected = run(x, weights, ids, routing), oracle(x, weights, ids, routing)
+    assert all(distance(row, wanted) < TOLERANCE for row, wanted in zip(out, expected, strict=True))
+
+
+def test_a_row_minds_its_own_business(rng):
+    """Its bits stay in another slot, beside rows with other experts, its choices swapped."""
+    weights = random_experts(rng, EXPERTS, D, F)
+    ids, routing = random_routing(rng, 4, CHOICES, EXPERTS)
+    x = tokens(rng, 4)
+    first = run(x, weights, ids, routing)
+    others, shares = random_routing(rng, 4, CHOICES, EXPERTS)
+    others[3], shares[3] = ids[0, ::-1], routing[0, ::-1]
+    others[1] = EXPERTS
+    second = run(tokens(rng, 4).at[3].set(x[0]), weights, others, shares)
+    np.testing.assert_array_equal(second[3], first[0])
+    np.testing.assert_array_equal(second[1], 0)
+
+
+def test_no_active_expert_gives_zeros(rng):
+    weights = random_experts(rng, EXPERTS, D, F)
+    ids = np.full((4, CHOICES), EXPERTS, np.int32)
+    ids[1] = -1
+    out = run(tokens(rng, 4), weights, ids, np.ones((4, CHOICES), np.float32))
+    np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "stages"),
+    [(512, 6144, 3), (6144, 256, 3), (4096, 6144, 8), (512, 4096, 3), (512, 256, 12)],
+)
+def test_a_short_matrix_gets_a_short_ring(rows, columns, stages):
+    assert mosaic_gpu.default_stages(layout.plan_for(rows, columns)) == stages
+
+
+class LosesAUnit(interpreted.Interpreted):
+    """A planted bug: the first unit of every slot is not written."""
+
+    def finish(self, sums_ref, row_ref, share_ref, out_ref, slot, unit):
+        arguments = self, sums_ref, row_ref, share_ref, out_ref, slot, unit
+        pl.when(unit > 0)(lambda: interpreted.Interpreted.finish(*arguments))
+
+
+class SwapsSlices(interpreted.Interpreted):
+    """A planted bug: warps of a row take each other's columns of x."""
+
+    def gather(self, x_ref, row_ref, slot, group):
+        x = interpreted.Interpreted.gather(self, x_ref, row_ref, slot, group)
+        return jnp.stack([x[1], x[0], x[3], x[2]])
+
+
+@pytest.mark.parametrize("bug", [LosesAUnit, SwapsSlices])
+def test_a_planted_bug_is_seen(bug, rng):
+    weights = random_experts(rng, EXPERTS, D, F)
+    ids, routing = random_routing(rng, 4, CHOICES, EXPERTS)
+    x = tokens(rng, 4)
+    out = run(x, weights, ids, routing, hooks=bug)
+    assert not distance(out, oracle(x, weights, ids, routing)) < 10 * TOLERANCE
+
+
+def slow_slots(ids, routing, experts):
+    """(expert, [(token, row of the results, share), ...]) of each slot; each token's live rows."""
+    t, k = ids.shape
+    slots, live = [], []
+    for token in range(t):
+        live.append(sorted({int(e) for e in ids[token] if 0 <= e < experts}))
+    for expert in range(experts):
+        users = [token for token in range(t) if expert in live[token]]
+        for start in range(0, len(users), 8):
+            rows = [
+                (
+                    token,
+                    token * k + live[token].index(expert),
+                    routing[token, ids[token] == expert].sum(),
+                )
+                for token in users[start : start + 8]
+            ]
+            slots.append((expert, rows))
+    return slots, [len(experts) for experts in live]
+
+
+@pytest.mark.parametrize(("t", "k", "experts"), [(1, 5, 11), (8, 4, 9), (13, 3, 200), (70, 4, 6)])
+def test_slots_list_distinct_experts_with_their_tokens(t, k, experts, rng):
+    ids = rng.integers(-1, experts + 1, (t, k)).astype(np.int32)
+    routing = rng.random((t, k)).astype(np.float32)
+    slots = jax.jit(mosaic_gpu.make_slots, static_argnums=2)(ids, routing, experts)
+    expected, live = slow_slots(ids, routing, experts)
+    assert int(slots.count[-1]) == len(expected)
+    assert list(slots.live) == live
+    for slot, (expert, rows) in enumerate(expected):
+        assert int(slots.expert[slot]) == expert
+        for lane in range(8):
+            token, row, share = rows[lane] if lane < len(rows) else (-1, -1, 0.0)
+            assert int(slots.token[slot, lane]) == token
+            assert int(slots.choice[slot, lane]) == row
+            np.testing.assert_allclose(slots.share[slot, lane], share, rtol=1e-6)
+    assert (np.asarray(slots.token)[len(expected) :] == -1).all()
+    assert ((0 <= np.asarray(slots.expert)) & (np.asarray(slots.expert) < experts)).all()
