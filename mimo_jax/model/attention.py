@@ -1,0 +1,142 @@
+"""Grouped-query attention with sinks, a value scale, keys wider than values; full or windowed."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from mimo_jax.config import AttentionConfig
+from mimo_jax.model.layers import INIT_SCALE, linear, rope
+from mimo_jax.sharding import Parallel, normal, param
+
+MASKED = -1e30
+"""Score of a masked key. Finite: a row without any key stays free of NaN."""
+
+
+class Attention(nnx.Module):
+    """The target's attention, its query, key and value projections fused by key/value group.
+
+    `qkv` is [groups, rows, d]: a group's query heads, then its key head, then its value head.
+    There are as many groups as key/value heads, or as devices when these are more; then groups
+    repeat a key/value head (see `regroup`).
+    """
+
+    def __init__(self, config: AttentionConfig, groups: int, dtype, rngs: nnx.Rngs):
+        self.config = config
+        d, n = config.hidden_size, config.num_heads
+        rows = n // groups * config.head_dim + config.head_dim + config.v_head_dim
+        init = normal(INIT_SCALE)
+        self.qkv = param(rngs, (groups, rows, d), ("kv_heads", None, None), dtype, init)
+        self.output = param(rngs, (d, n * config.v_head_dim), (None, "heads"), dtype, init)
+        self.sink = param(rngs, (n,), ("heads",), dtype, normal(1.0)) if config.sink else None
+
+    def project(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
+        """Rotated queries [b,t,n,h] and keys [b,t,k,h], and scaled values [b,t,k,v]."""
+        config, weight = self.config, self.qkv[...]
+        groups, rows, _ = weight.shape
+        fused = linear(x, weight.reshape(groups * rows, -1)).reshape(*x.shape[:2], groups, rows)
+        split = rows - config.head_dim - config.v_head_dim
+        q, k, v = jnp.split(fused, [split, split + config.head_dim], axis=-1)
+        q = q.reshape(*x.shape[:2], -1, config.head_dim)
+        v = v * jnp.asarray(config.value_scale, v.dtype)
+        q, k = (rope(y, positions, config.rope_theta, config.rotary_dim) for y in (q, k))
+        return q, k, v
+
+    def combine(self, heads: Float[Array, "b t n v"], parallel: Parallel) -> Float[Array, "b t d"]:
+        """Projects the heads back to the residual stream, summed over all devices."""
+        flat = heads.reshape(*heads.shape[:2], -1)
+        return parallel.sum(linear(flat, self.output[...]))
+
+
+def attend(
+    q: Float[Array, "b t n h"],
+    keys: Float[Array, "b k s h"],
+    values: Float[Array, "b k s v"],
+    visible,
+    sink: Float[Array, "n"] | None,
+) -> Float[Array, "b t n v"]:
+    """Softmax attention; a sink is one more logit a head, which takes mass and adds no value.
+
+    Sums run over s in the cache's order, and a masked key weighs exactly 0: a query's bits depend
+    neither on its slot in the block nor on what masked rows hold.
+
+    Args:
+      q: queries; head i attends with key/value head i // (n / k).
+      keys: rotated keys.
+      values: values.
+      visible: bool [b, t, s].
+      sink: unscaled logits.
+    """
+    b, t, n, h = q.shape
+    groups = keys.shape[1]
+    grouped = q.reshape(b, t, groups, n // groups, h)
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * jnp.float32(h**-0.5), MASKED)
+    top = scores.max(axis=-1, keepdims=True)
+    if sink is not None:
+        logits = sink.astype(jnp.float32).reshape(1, groups, n // groups, 1, 1)
+        top = jnp.maximum(top, logits)
+    weights = jnp.where(visible[:, None, None], jnp.exp(scores - top), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + jnp.exp(logits - top)
+    mixed = jnp.einsum(
+        "bkgts,bksv->bkgtv",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
+    )
+    mixed = (mixed / jnp.maximum(total, 1e-30)).astype(q.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
+
+
+def causal(
+    positions: Int32[Array, "b t"], key_positions: Int32[Array, "b s"], window: int | None
+) -> Array:
+    """Which keys each query sees, [b, t, s]: not its future, none beyond the window or before 0."""
+    q, k = positions[:, :, None], key_positions[:, None, :]
+    visible = (k >= 0) & (k <= q)
+    return visible if window is None else visible & (k > q - window)
+
+
+def attend_sequence(q, k, v, window: int | None, sink) -> Float[Array, "b t n v"]:
+    """Causal attention of whole sequences to themselves, with no cache: training and evaluation.
+
+    Takes q [b,t,n,h], k [b,t,k,h], v [b,t,k,v] at positions 0..t-1. A window that divides t is cut
+    into blocks that see themselves and the block before, so that no t x t matrix is made.
+    """
+    b, t = q.shape[:2]
+    if window is None or t <= 2 * window or t % window:
+        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+        keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return attend(q, keys, values, causal(positions, positions, window), sink)
+    blocks = t // window
+
+    def fold(x):
+        return x.reshape(b * blocks, window, *x.shape[2:])
+
+    def with_previous(x):
+        x = x.reshape(b, blocks, window, *x.shape[2:])
+        before = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+        both = jnp.concatenate([before, x], axis=2).reshape(b * blocks, 2 * window, *x.shape[3:])
+        return both.transpose(0, 2, 1, 3)
+
+    start = jnp.tile(jnp.arange(blocks, dtype=jnp.int32) * window, b)[:, None]
+    positions = start + jnp.arange(window, dtype=jnp.int32)
+    key_positions = start - window + jnp.arange(2 * window, dtype=jnp.int32)
+    visible = causal(positions, key_positions, window)
+    out = attend(fold(q), with_previous(k), with_previous(v), visible, sink)
+    return out.reshape(b, t, *out.shape[2:])
+
+
+def regroup(qkv: Float[Array, "k rows d"], groups: int, head_dim: int, v_head_dim: int):
+    """Repeats key/value heads so that there are `groups` of them, a multiple of what is stored.
+
+    Query heads keep their order; each new group holds its share of them and a copy of their key and
+    value head.
+    """
+    stored, rows, d = qkv.shape
+    repeats = groups // stored
+    split = rows - head_dim - v_head_dim
+    q = qkv[:, :split].reshape(groups, split // repeats, d)
+    shared = jnp.repeat(qkv[:, split:], repeats, axis=0)
+    return jnp.concatenate([q, shared], axis=1)

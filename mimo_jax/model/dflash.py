@@ -1,0 +1,164 @@
+"""The DFlash drafter: a block of tokens in one pass, from the target's own features.
+
+Source: DFlash, arXiv 2602.06036; the variant with sliding windows, sinks and a value scale is
+MiMo-V2.5's.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from mimo_jax.cache import LayerCache, last_rows
+from mimo_jax.config import AttentionConfig, DrafterConfig
+from mimo_jax.model.attention import attend
+from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, linear, rope
+from mimo_jax.sharding import Parallel, constant, normal, param
+
+
+class DraftAttention(nnx.Module):
+    """Attention of a block to the context's features and to itself, in both directions.
+
+    `kv` is [groups, h + v, d]: a group's key head, then its value head.
+    """
+
+    def __init__(self, config: AttentionConfig, groups: int, epsilon, dtype, rngs: nnx.Rngs):
+        self.config = config
+        d, n, h, v = config.hidden_size, config.num_heads, config.head_dim, config.v_head_dim
+        init = normal(INIT_SCALE)
+        self.query = param(rngs, (n * h, d), ("heads", None), dtype, init)
+        self.kv = param(rngs, (groups, h + v, d), ("kv_heads", None, None), dtype, init)
+        self.output = param(rngs, (d, n * v), (None, "heads"), dtype, init)
+        self.query_norm = RMSNorm(h, epsilon, dtype, rngs)
+        self.key_norm = RMSNorm(h, epsilon, dtype, rngs)
+        self.sink = param(rngs, (n,), ("heads",), dtype, constant(0.0)) if config.sink else None
+
+    def _rotate(self, x, positions):
+        return rope(x, positions, self.config.rope_theta, self.config.rotary_dim)
+
+    def queries(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
+        """Normed and rotated queries [b, t, n, h]."""
+        q = linear(x, self.query[...]).reshape(*x.shape[:2], -1, self.config.head_dim)
+        return self._rotate(self.query_norm(q), positions)
+
+    def keys_values(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
+        """Normed and rotated keys [b,t,k,h], scaled values [b,t,k,v]: of context or of a block."""
+        weight = self.kv[...]
+        fused = linear(x, weight.reshape(-1, weight.shape[-1]))
+        fused = fused.reshape(*x.shape[:2], *weight.shape[:2])
+        k, v = jnp.split(fused, [self.config.head_dim], axis=-1)
+        v = v * jnp.asarray(self.config.value_scale, v.dtype)
+        return self._rotate(self.key_norm(k), positions), v
+
+    def __call__(self, x, positions, context: LayerCache, visible, parallel: Parallel):
+        """x [b, t, d] attends to `visible` [b, t, s] rows of the context and to the whole block."""
+        q = self.queries(x, positions)
+        k, v = self.keys_values(x, positions)
+        keys = jnp.concatenate([context.keys, k.transpose(0, 2, 1, 3)], axis=2)
+        values = jnp.concatenate([context.values, v.transpose(0, 2, 1, 3)], axis=2)
+        own = jnp.ones((*visible.shape[:2], x.shape[1]), bool)
+        visible = jnp.concatenate([visible, own], axis=2)
+        sink = None if self.sink is None else self.sink[...]
+        heads = attend(q, keys, values, visible, sink)
+        return parallel.sum(linear(heads.reshape(*heads.shape[:2], -1), self.output[...]))
+
+
+class DraftBlock(nnx.Module):
+    """One pre-norm layer of the drafter."""
+
+    def __init__(self, config: DrafterConfig, groups: int, dtype, rngs: nnx.Rngs):
+        d, epsilon = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RMSNorm(d, epsilon, dtype, rngs)
+        self.attention = DraftAttention(config.attention, groups, epsilon, dtype, rngs)
+        self.post_norm = RMSNorm(d, epsilon, dtype, rngs)
+        self.mlp = DenseMLP(d, config.intermediate_size, dtype, rngs)
+
+    def __call__(self, h, positions, context: LayerCache, visible, parallel: Parallel):
+        """The residual stream after attention and MLP."""
+        x = self.input_norm(h)
+        h = h + self.attention(x, positions, context, visible, parallel)
+        return h + self.mlp(self.post_norm(h), parallel)
+
+
+class Drafter(nnx.Module):
+    """A DFlash drafter. It has no embedding and no head: it uses the target's.
+
+    Args:
+      config: the shapes.
+      rngs: streams of random keys for the initial values.
+      shards: devices that key/value heads must be spread over.
+      dtype: of all weights.
+    """
+
+    def __init__(
+        self, config: DrafterConfig, rngs: nnx.Rngs, *, shards: int = 1, dtype=jnp.bfloat16
+    ):
+        d, taps = config.hidden_size, len(config.target_layer_ids)
+        groups = max(shards, config.num_key_value_heads)
+        init = normal(INIT_SCALE)
+        self.features = param(rngs, (d, taps * d), ("feature", None), dtype, init)
+        self.context_norm = RMSNorm(d, config.rms_norm_eps, dtype, rngs)
+        self.layers = nnx.List(
+            DraftBlock(config, groups, dtype, rngs) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(d, config.rms_norm_eps, dtype, rngs)
+        self.mask_embedding = param(rngs, (d,), (None,), dtype, init)
+        self.window = config.sliding_window
+
+    def context(
+        self, features: Float[Array, "b t _"], positions: Int32[Array, "b t"], parallel: Parallel
+    ) -> list[tuple[Array, Array]]:
+        """Each layer's keys [b,t,k,h] and values [b,t,k,v] of the target's tapped features."""
+        projected = parallel.gather(linear(features, self.features[...]), -1)
+        normed = self.context_norm(projected)
+        return [layer.attention.keys_values(normed, positions) for layer in self.layers]
+
+    def ingest(
+        self,
+        features: Float[Array, "b t _"],
+        start: Int32[Array, "b"],
+        live: Bool[Array, "b t"],
+        caches: tuple[LayerCache, ...],
+        parallel: Parallel,
+    ) -> tuple[LayerCache, ...]:
+        """Adds features of positions start, start + 1, ... to each layer's context."""
+        positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
+        context = self.context(features, positions, parallel)
+        return tuple(
+            cache.write(k, v, start, last_rows(live, cache.size))
+            for cache, (k, v) in zip(caches, context, strict=True)
+        )
+
+    def block(self, anchor: Float[Array, "b d"], size: int) -> Float[Array, "b t d"]:
+        """The block's input: the anchor's embedding, then the mask's."""
+        mask = self.mask_embedding[...].astype(anchor.dtype)
+        masks = jnp.broadcast_to(mask, (anchor.shape[0], size - 1, mask.shape[0]))
+        return jnp.concatenate([anchor[:, None], masks], axis=1)
+
+    def __call__(
+        self,
+        block: Float[Array, "b t d"],
+        start: Int32[Array, "b"],
+        contexts: tuple[LayerCache, ...],
+        places: Int32[Array, "b s"],
+        parallel: Parallel = Parallel(),
+    ) -> Float[Array, "b t d"]:
+        """Drafts a block: row j, after the target's head, predicts the token at start + j.
+
+        Args:
+          block: embeddings from `block`.
+          start: the anchor's position. Its own feature does not exist yet: only context rows at
+            positions strictly before it are seen, and within the window.
+          contexts: each layer's context.
+          places: the position of each context row; negative: none.
+          parallel: this device's place on the mesh.
+
+        Returns:
+          the hidden rows after the final norm.
+        """
+        positions = start[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
+        near = places[:, None, :] > positions[:, :, None] - self.window
+        visible = near & (places[:, None, :] >= 0) & (places < start[:, None])[:, None, :]
+        h = block
+        for layer, context in zip(self.layers, contexts, strict=True):
+            h = layer(h, positions, context, visible, parallel)
+        return self.norm(h)

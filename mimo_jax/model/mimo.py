@@ -1,0 +1,135 @@
+"""The target: embedding, blocks, final norm and head over one block of tokens against a cache."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from mimo_jax import cache as kv
+from mimo_jax.config import ModelConfig
+from mimo_jax.model.attention import Attention, attend, attend_sequence, causal
+from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed
+from mimo_jax.model.moe import MoE
+from mimo_jax.sharding import Parallel, normal, param
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: attention, then a dense MLP or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, layer: int, shards: int, packed, dtype, rngs: nnx.Rngs):
+        d, epsilon = config.hidden_size, config.layernorm_epsilon
+        attention = config.attention(layer)
+        self.input_norm = RMSNorm(d, epsilon, dtype, rngs)
+        self.attention = Attention(attention, max(shards, attention.num_kv_heads), dtype, rngs)
+        self.post_norm = RMSNorm(d, epsilon, dtype, rngs)
+        self.sparse = bool(config.moe_layer_freq[layer])
+        if self.sparse:
+            self.ffn = MoE(config, packed, dtype, rngs)
+        else:
+            self.ffn = DenseMLP(d, config.intermediate_size, dtype, rngs)
+
+    def __call__(self, h, positions, live, cache: kv.LayerCache, parallel: Parallel):
+        """A block of tokens against the cache; returns the residual stream and the cache."""
+        attention = self.attention
+        q, k, v = attention.project(self.input_norm(h), positions)
+        window = attention.config.window
+        cache, keys, values, places = kv.extend(cache, k, v, positions[:, 0], live, window)
+        visible = causal(positions, places, window)
+        heads = attend(q, keys, values, visible, _value(attention.sink))
+        h = h + attention.combine(heads, parallel)
+        x = self.post_norm(h)
+        return h + (self.ffn(x, live, parallel) if self.sparse else self.ffn(x, parallel)), cache
+
+    def sequence(self, h, feed_forward: Callable):
+        """Whole sequences without a cache; `feed_forward(ffn, x)` is the caller's way to run it."""
+        attention = self.attention
+        positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32), h.shape[:2])
+        q, k, v = attention.project(self.input_norm(h), positions)
+        heads = attend_sequence(q, k, v, attention.config.window, _value(attention.sink))
+        h = h + attention.combine(heads, Parallel())
+        return h + feed_forward(self.ffn, self.post_norm(h))
+
+
+class MiMo(nnx.Module):
+    """A MiMo language model.
+
+    Args:
+      config: the shapes.
+      rngs: streams of random keys for the initial values.
+      shards: devices that key/value heads must be spread over.
+      packed: whether the experts are MXFP4; by default as the config says.
+      dtype: of all weights but the experts' codes and the router.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        shards: int = 1,
+        packed: bool | None = None,
+        dtype=jnp.bfloat16,
+    ):
+        packed = config.expert_format == "mxfp4" if packed is None else packed
+        w, d = config.vocab_size, config.hidden_size
+        self.embedding = param(rngs, (w, d), ("vocab", None), dtype, normal(INIT_SCALE))
+        self.layers = nnx.List(
+            Block(config, layer, shards, packed, dtype, rngs)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(d, config.layernorm_epsilon, dtype, rngs)
+        self.head = param(rngs, (w, d), ("vocab", None), dtype, normal(INIT_SCALE))
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "b t"],
+        start: Int32[Array, "b"],
+        live: Bool[Array, "b t"],
+        caches: tuple[kv.LayerCache, ...],
+        taps: tuple[int, ...],
+        parallel: Parallel = Parallel(),
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t _"], tuple[kv.LayerCache, ...]]:
+        """Runs a block of tokens.
+
+        Args:
+          tokens: the block.
+          start: position of each sequence's first token; the others follow it.
+          live: rows that count, first in their block. A dead row is not cached, reaches no expert,
+            and its outputs mean nothing.
+          caches: one for each layer.
+          taps: layers whose outputs are wanted.
+          parallel: this device's place on the mesh.
+
+        Returns:
+          the residual stream before the final norm; the tapped layers' outputs, side by side; the
+          caches.
+        """
+        positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        h = embed(self.embedding[...], tokens, parallel)
+        outputs, written = [], []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            h, cache = layer(h, positions, live, cache, parallel)
+            outputs.append(h)
+            written.append(cache)
+        return h, tap(outputs, taps), tuple(written)
+
+    def logits(self, h: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
+        """Final norm and head: float32 logits of this device's part of the vocabulary."""
+        return head_logits(self.norm(h), self.head[...])
+
+
+def head_logits(x: Float[Array, "b t d"], head: Float[Array, "w d"]) -> Float[Array, "b t w"]:
+    """x @ head^T in float32: target and drafter share the head."""
+    return jnp.einsum("btd,wd->btw", x, head, preferred_element_type=jnp.float32)
+
+
+def tap(outputs: list[Array], taps: tuple[int, ...]) -> Array:
+    """The outputs of the tapped layers side by side, [b, t, taps * d]."""
+    if not taps:
+        return outputs[0][..., :0]
+    return jnp.concatenate([outputs[layer] for layer in taps], axis=-1)
+
+
+def _value(variable: nnx.Param | None):
+    return None if variable is None else variable[...]

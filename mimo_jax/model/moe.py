@@ -1,0 +1,109 @@
+"""The mixture of experts: a float32 sigmoid router and experts in MXFP4 or dense."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from mimo_jax.config import ModelConfig
+from mimo_jax.model.layers import INIT_SCALE
+from mimo_jax.sharding import Parallel, constant, normal, param
+from pallas_kernels.expert_ffn import ExpertWeights, expert_ffn
+from pallas_kernels.mxfp4 import BLOCK
+
+
+class Router(nnx.Module):
+    """Chooses experts by sigmoid score plus a correction bias, and weighs them by score alone.
+
+    The bias only balances the load ("noaux_tc", DeepSeek-V3, arXiv 2412.19437, section 2.1.2). It
+    stays float32: in bfloat16 it would change one choice in six.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        experts, d = config.n_routed_experts, config.hidden_size
+        self.weight = param(rngs, (experts, d), (None, None), jnp.float32, normal(INIT_SCALE))
+        self.bias = param(rngs, (experts,), (None,), jnp.float32, constant(0.0))
+        self.choices = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.scale = config.routed_scaling_factor
+
+    def scores(self, x: Float[Array, "t d"]) -> Float[Array, "t e"]:
+        """Sigmoid scores in float32, whatever the activations' dtype."""
+        logits = jnp.einsum(
+            "td,ed->te",
+            x.astype(jnp.float32),
+            self.weight[...].astype(jnp.float32),
+            precision=lax.Precision.HIGHEST,
+        )
+        return jax.nn.sigmoid(logits)
+
+    def choose(
+        self, scores: Float[Array, "t e"]
+    ) -> tuple[Int32[Array, "t c"], Float[Array, "t c"]]:
+        """Ids and weights of each token's experts; ties go to the lowest id."""
+        _, ids = lax.top_k(
+            lax.stop_gradient(scores) + self.bias[...].astype(jnp.float32), self.choices
+        )
+        weights = jnp.take_along_axis(scores, ids, axis=-1)
+        if self.normalise:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return ids, weights * self.scale
+
+    def __call__(self, x: Float[Array, "t d"]) -> tuple[Int32[Array, "t c"], Float[Array, "t c"]]:
+        """Ids and weights of each token's experts."""
+        return self.choose(self.scores(x))
+
+
+class Experts(nnx.Module):
+    """All experts of a layer: MXFP4 codes with their scales, or dense matrices."""
+
+    def __init__(self, config: ModelConfig, packed: bool, dtype, rngs: nnx.Rngs):
+        e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        up_axes = ("experts", None, "expert_mlp", None)
+        down_axes = ("experts", None, "expert_mlp")
+        if packed:
+            codes, one = (
+                (lambda key, shape, _: jax.random.bits(key, shape, jnp.uint8)),
+                constant(120),
+            )
+            self.gate_up = param(rngs, (e, 2, f, d // 2), up_axes, jnp.uint8, codes)
+            self.gate_up_scale = param(rngs, (e, 2, f, d // BLOCK), up_axes, jnp.uint8, one)
+            self.down = param(rngs, (e, d, f // 2), down_axes, jnp.uint8, codes)
+            self.down_scale = param(rngs, (e, d, f // BLOCK), down_axes, jnp.uint8, one)
+        else:
+            init = normal(INIT_SCALE)
+            self.gate_up = param(rngs, (e, 2, f, d), up_axes, dtype, init)
+            self.down = param(rngs, (e, d, f), down_axes, dtype, init)
+            self.gate_up_scale = self.down_scale = None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The arrays as the kernel takes them."""
+        scales = (self.gate_up_scale, self.down_scale)
+        return ExpertWeights(
+            self.gate_up[...], self.down[...], *(None if s is None else s[...] for s in scales)
+        )
+
+
+class MoE(nnx.Module):
+    """Routes each token to its experts and sums their outputs."""
+
+    def __init__(self, config: ModelConfig, packed: bool, dtype, rngs: nnx.Rngs):
+        self.router = Router(config, rngs)
+        self.experts = Experts(config, packed, dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], live: Bool[Array, "b t"], parallel: Parallel
+    ) -> Float[Array, "b t d"]:
+        """Returns the sum over all devices; dead rows choose no expert and get zeros."""
+        rows = x.reshape(-1, x.shape[-1])
+        weights = self.experts.weights
+        ids, routing = self.router(rows)
+        if parallel.experts:
+            # Ids of other devices' experts fall outside [0, e) here: dead choices.
+            ids = ids - parallel.index * weights.gate_up.shape[0]
+        ids = jnp.where(live.reshape(-1, 1), ids, -1)
+        return parallel.sum(expert_ffn(rows, weights, ids, routing).astype(x.dtype)).reshape(
+            x.shape
+        )

@@ -1,0 +1,174 @@
+"""How arrays lie on a mesh: one table from logical to mesh axes, one parameter declaration."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.errors import MimoError
+
+AXIS = "model"
+"""The mesh axis over which a model is divided."""
+
+TENSOR_PARALLEL = {
+    "vocab": AXIS,  # rows of the embedding and of the head
+    "heads": AXIS,  # query heads: sinks, and the columns of the output projection
+    "kv_heads": AXIS,  # groups of query heads that share a key/value head, and their cache
+    "mlp": AXIS,  # width of a dense MLP
+    "feature": AXIS,  # rows of the drafter's projection of the target's features
+    "experts": None,
+    "expert_mlp": AXIS,  # width of each expert
+}
+"""Every expert is cut into columns: all devices read as many bytes, whatever the router chose."""
+
+EXPERT_PARALLEL = TENSOR_PARALLEL | {"experts": AXIS, "expert_mlp": None}
+"""Whole experts on each device: larger reads, as slow as the device with most chosen experts."""
+
+RULES = {"tensor": TENSOR_PARALLEL, "expert": EXPERT_PARALLEL}
+
+Leaf = Any
+"""A leaf of a state: an array, its abstract shape or its PartitionSpec. Trees of all three are
+made, so that a run-time check for an array would refuse what is right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """One device's view of the mesh inside `shard_map`; without an axis it is the only device."""
+
+    axis: str | None = None
+    experts: bool = False
+
+    def sum(self, x):
+        """Sums over the devices."""
+        return x if self.axis is None else lax.psum(x, self.axis)
+
+    def gather(self, x, dimension: int):
+        """Concatenates the devices' parts along a dimension."""
+        if self.axis is None:
+            return x
+        return lax.all_gather(x, self.axis, axis=dimension, tiled=True)
+
+    @property
+    def index(self):
+        """This device's place on the axis, an int32 scalar."""
+        return jnp.int32(0) if self.axis is None else lax.axis_index(self.axis).astype(jnp.int32)
+
+
+def make_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
+    """A mesh over which a model is divided.
+
+    Args:
+      devices: how many of jax.devices(), or the devices themselves; all of them by default.
+
+    Raises:
+      MimoError: if there are fewer devices than asked for.
+    """
+    present = jax.devices()
+    if isinstance(devices, int):
+        if not 1 <= devices <= len(present):
+            raise MimoError(
+                f"devices={devices}, but jax.devices() has {len(present)} ({present[0].platform}). "
+                "On a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
+                f"{max(devices, 1)} before jax starts."
+            )
+        devices = present[:devices]
+    return Mesh(np.array(present if devices is None else list(devices)), (AXIS,))
+
+
+def normal(scale: float) -> Callable:
+    """An initialiser: normal values of that standard deviation."""
+    return lambda key, shape, dtype: (jax.random.normal(key, shape) * scale).astype(dtype)
+
+
+def constant(value: float | int) -> Callable:
+    """An initialiser: one value everywhere."""
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+
+def param(rngs: nnx.Rngs, shape, axes, dtype, init) -> nnx.Param:
+    """Declares a parameter, once for initialiser, sharding, checkpoint and memory plan.
+
+    Args:
+      rngs: random streams; one key is drawn from `params`.
+      shape: sizes.
+      axes: a logical axis of the sharding table, or None, for each dimension.
+      dtype: of the values.
+      init: `init(key, shape, dtype)`.
+    """
+    assert len(axes) == len(shape), (axes, shape)
+    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=tuple(axes))
+
+
+def spec(axes: Sequence[str | None], rules: dict[str, str | None]) -> PartitionSpec:
+    """The mesh axes of an array's dimensions.
+
+    Trailing Nones are left out, as jit leaves them out of its results: else a state that comes back
+    would be traced anew.
+    """
+    names = [None if axis is None else rules[axis] for axis in axes]
+    while names and names[-1] is None:
+        names.pop()
+    return PartitionSpec(*names)
+
+
+def param_specs(state: nnx.State, rules: dict[str, str | None]) -> Any:
+    """PartitionSpecs of all parameters, as a tree like `state`."""
+    return jax.tree.map(
+        lambda p: p.replace(spec(p.get_metadata("logical_axes"), rules)),
+        state,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def check_divisible(state: nnx.State, mesh: Mesh, rules: dict[str, str | None]) -> None:
+    """Raises a MimoError naming the first parameter that the mesh cannot divide evenly."""
+    for path, variable in nnx.to_flat_state(state):
+        axes = variable.get_metadata("logical_axes")
+        for size, axis in zip(variable.shape, axes, strict=True):
+            over = rules[axis] if axis else None
+            if over is not None and size % mesh.shape[over]:
+                fits = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
+                raise MimoError(
+                    f"{'.'.join(map(str, path))} {variable.shape} has {size} {axis!r}, which "
+                    f"{mesh.shape[over]} devices cannot divide; numbers that can: {fits}."
+                )
+
+
+def check_heads(config: ModelConfig, drafter: DrafterConfig | None, shards: int) -> None:
+    """Raises a MimoError if that many devices cannot share the attention heads evenly.
+
+    Query heads are divided. Key/value heads are divided too, or each is given to as many devices as
+    there are for one head.
+    """
+    attentions = {
+        f"{'sliding' if kind else 'full'} attention": config.attention(layer)
+        for layer, kind in enumerate(config.hybrid_layer_pattern)
+    }
+    if drafter is not None:
+        attentions["the drafter's attention"] = drafter.attention
+    for name, attention in attentions.items():
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        fits = [
+            n
+            for n in range(1, heads + 1)
+            if heads % n == 0 and max(n, kv_heads) % min(n, kv_heads) == 0
+        ]
+        if shards not in fits:
+            raise MimoError(
+                f"devices={shards} cannot divide {name} with {heads} query and {kv_heads} "
+                f"key/value heads; numbers that can: {fits}."
+            )
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """NamedShardings from PartitionSpecs."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
