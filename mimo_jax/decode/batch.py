@@ -1,0 +1,163 @@
+"""A batch of sequences being decoded: the state on the devices, and what the host knows of it."""
+
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mimo_jax.decode.options import Options
+from mimo_jax.decode.output import Output, Stats
+from mimo_jax.decode.state import State
+from mimo_jax.errors import MimoError
+from mimo_jax.text.tokenizer import Detokenizer
+
+CHUNKS = (64, 256)
+"""Rows of a prefill pass: the least that holds the longest prompt, else the last."""
+
+_log = logging.getLogger("mimo_jax")
+
+
+class Decoding:
+    """Sequences being decoded together: `append` prompts, `advance`, read the `outputs`, `release`.
+
+    Args:
+      engine: the Engine that lends the state and compiles the programs.
+      batch: number of sequences.
+    """
+
+    def __init__(self, engine: Any, batch: int):
+        self.engine = engine
+        self.state: State | None = engine._take(batch)
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.done = np.zeros(batch, bool)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens present in each sequence."""
+        return np.array([len(tokens) for tokens in self.tokens], np.int32)
+
+    @property
+    def over(self) -> bool:
+        """Whether every sequence ended or is at its limit."""
+        return bool((self.done | (self.lengths >= self.limits)).all())
+
+    def append(self, prompts: list[list[int]], options: Options) -> None:
+        """Adds a prompt to each sequence, for an answer with these options."""
+        self.engine._check_open()
+        if self.state is None:
+            raise MimoError("The last answer was interrupted and its caches are lost: start anew.")
+        max_len = self.engine.max_len
+        for tokens, prompt in zip(self.tokens, prompts, strict=True):
+            if len(tokens) + len(prompt) >= max_len:
+                before = f" after the {len(tokens)} that the session holds" if tokens else ""
+                raise MimoError(
+                    f"The prompt has {len(prompt)} tokens{before}; the cache holds {max_len}, one "
+                    "of them for the answer. Shorten it, or load with a larger max_len."
+                )
+        cached = np.maximum(self.lengths - 1, 0)
+        for tokens, prompt in zip(self.tokens, prompts, strict=True):
+            tokens += prompt
+        self.options, self.starts = options, self.lengths
+        self.prompt_tokens = [len(prompt) for prompt in prompts]
+        self.wanted = self.starts.astype(np.int64) + options.max_tokens
+        self.limits = np.minimum(self.wanted, max_len).astype(np.int32)
+        self.done = np.zeros_like(self.done)
+        longest = int((self.starts - 1 - cached).max())
+        self.chunk = next((c for c in CHUNKS if longest <= c), CHUNKS[-1])
+        self.compile_s = self.wall_s = 0.0
+        self.ttft_s: float | None = None
+        self._upload(cached)
+
+    def _upload(self, cached: np.ndarray) -> None:
+        """Puts tokens and counters on the devices; the caches stay there as they are.
+
+        Rows that an earlier sequence left are not seen: a row's position follows from `cached`.
+        """
+        state = self.state
+        rows = np.zeros(state.tokens.shape, np.int32)
+        for row, tokens in zip(rows, self.tokens, strict=True):
+            row[: len(tokens)] = tokens
+        fields = {
+            "tokens": rows,
+            "length": self.starts,
+            "cached": cached.astype(np.int32),
+            "done": self.done,
+            "round_of": np.full(state.round_of.shape, -1, np.int32),
+            "histogram": np.zeros(state.histogram.shape, np.int32),
+        }
+        places: dict[str, NamedSharding] = {name: getattr(state, name).sharding for name in fields}
+        self.state = dataclasses.replace(state, **jax.device_put(fields, places))
+
+    def advance(self, pauses: np.ndarray) -> None:
+        """Decodes until each sequence is over or has at least that length: one launch."""
+        engine = self.engine
+        request = self.options.request(self.limits, pauses, engine.eos_ids, engine._plan.mesh)
+        batch = len(self.tokens)
+        program, seconds = engine._program(batch, self.chunk, self.state, request)
+        self.compile_s += seconds
+        # The state is donated: until it is back there is none, also if this is interrupted.
+        state, self.state = self.state, None
+        start = time.perf_counter()
+        state = program(engine._params, state, request)
+        rows, lengths, self.done, self.histogram, self.rounds = jax.device_get(
+            (state.tokens, state.length, state.done, state.histogram, state.round_of)
+        )
+        self.wall_s += time.perf_counter() - start
+        self.state = state
+        self.ttft_s = self.wall_s if self.ttft_s is None else self.ttft_s
+        self.tokens = [
+            row[:length].tolist() for row, length in zip(rows, lengths.tolist(), strict=True)
+        ]
+
+    def answer(self, index: int) -> tuple[int, ...]:
+        """Tokens emitted since `append`, without an end-of-sequence token."""
+        emitted = self.tokens[index][int(self.starts[index]) :]
+        return tuple(emitted[:-1] if self.done[index] else emitted)
+
+    def outputs(self) -> list[Output]:
+        """The answers so far."""
+        return [self._output(index) for index in range(len(self.tokens))]
+
+    def _output(self, index: int) -> Output:
+        tokens, done = self.answer(index), bool(self.done[index])
+        limit, engine = int(self.limits[index]), self.engine
+        if not done and len(self.tokens[index]) == limit < self.wanted[index]:
+            _log.warning(
+                "The cache's end stopped an answer after %d of max_tokens=%d tokens: load with a "
+                "max_len above %d for more.",
+                len(tokens),
+                self.options.max_tokens,
+                engine.max_len,
+            )
+        detokenizer = Detokenizer(engine.tokenizer)
+        text = detokenizer.push(engine._spelled(tokens)) + detokenizer.finish()
+        start = int(self.starts[index])
+        rounds = tuple(self.rounds[index, start : start + len(tokens)].tolist())
+        return Output(text, tokens, rounds, "stop" if done else "length", self._stats(index))
+
+    def _stats(self, index: int) -> Stats:
+        histogram = tuple(self.histogram[index].tolist())
+        emitted, rounds = sum(i * n for i, n in enumerate(histogram)), sum(histogram)
+        return Stats(
+            prompt_tokens=self.prompt_tokens[index],
+            tokens=emitted,
+            rounds=rounds,
+            acceptance_length=emitted / rounds if rounds else 0.0,
+            acceptance_histogram=histogram,
+            tokens_per_second=emitted / self.wall_s if self.wall_s else 0.0,
+            wall_s=self.wall_s,
+            ttft_s=self.ttft_s or 0.0,
+            compile_s=self.compile_s,
+            experts=self.engine.experts,
+            devices=self.engine.devices,
+        )
+
+    def release(self) -> None:
+        """Gives the state back for the next answer."""
+        if self.state is not None and self.engine._params is not None:
+            self.engine._idle = (len(self.tokens), self.state)
+        self.state = None
