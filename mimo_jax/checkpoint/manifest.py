@@ -1,0 +1,169 @@
+"""A manifest: each array's shape, dtype and content hash, and the hashes of the small files."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mimo_jax.config import read_json
+from mimo_jax.errors import MimoError
+
+FORMAT = 1
+"""Version of the checkpoint's layout; a reader refuses those that it does not know."""
+
+NAME = "manifest.json"
+DTYPES = ("float32", "bfloat16", "uint8")
+AGAIN = "Fetch the checkpoint again, or write it again with mimo_jax.checkpoint.store.save."
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayEntry:
+    """What an array must be. `hash` is the BLAKE2b of its bytes in C order."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    hash: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the content."""
+        return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "ArrayEntry":
+        """Describes an array."""
+        return cls(tuple(array.shape), array.dtype.name, hash_array(array))
+
+    def check(self, name: str, array: np.ndarray) -> None:
+        """Raises a MimoError unless the array is the one that was saved."""
+        for what, found, wanted in (
+            ("shape", tuple(array.shape), self.shape),
+            ("dtype", array.dtype.name, self.dtype),
+        ):
+            if found != wanted:
+                raise MimoError(
+                    f"{name} has {what} {found} on disk, but the manifest says {wanted}: the "
+                    f"checkpoint is damaged. {AGAIN}"
+                )
+        if hash_array(array) != self.hash:
+            raise MimoError(
+                f"{name} {self.shape} is damaged: its content does not have the hash that the "
+                f"manifest gives. {AGAIN}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All that a checkpoint's content is held to.
+
+    Attributes:
+      arrays: by dotted name, "target.layers.0.attention.qkv".
+      files: hashes of config.json and the other small files, by name.
+      notes: free remarks of who saved it: recipe, figures.
+    """
+
+    arrays: dict[str, ArrayEntry]
+    files: dict[str, str]
+    notes: dict[str, Any]
+
+    def write(self, directory: Path) -> None:
+        """Writes the manifest in one atomic step; with it the checkpoint is complete."""
+        body = {
+            "format": FORMAT,
+            "arrays": {name: dataclasses.asdict(entry) for name, entry in self.arrays.items()},
+            "files": self.files,
+            "notes": self.notes,
+        }
+        text = json.dumps(body | {"hash": _hash_body(body)}, indent=1) + "\n"
+        write_atomically(directory / NAME, text.encode())
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads and checks the manifest itself.
+
+        Raises:
+          MimoError: if it is missing, damaged or of another format.
+        """
+        path = directory / NAME
+        if not directory.is_dir():
+            raise MimoError(
+                f"{directory} is not a directory: give the directory of a checkpoint, such as "
+                "checkpoints/mimo-nano in the repository."
+            )
+        if not path.exists():
+            raise MimoError(
+                f"{directory} has no {NAME}, so it is not a checkpoint of mimo_jax, or its saving "
+                f"was interrupted. {AGAIN}"
+            )
+        try:
+            body = read_json(path)
+        except MimoError as error:
+            raise MimoError(f"{error} {AGAIN}") from None
+        if body.get("format") != FORMAT:
+            raise MimoError(
+                f"{path} has format {body.get('format')!r}; this version of mimo_jax reads "
+                f"{FORMAT}. Install the version that wrote it, or save it anew."
+            )
+        if body.pop("hash", None) != _hash_body(body):
+            raise MimoError(f"{path} was changed after it was written: its hash differs. {AGAIN}")
+        try:
+            arrays = {
+                name: ArrayEntry(tuple(entry["shape"]), entry["dtype"], entry["hash"])
+                for name, entry in body["arrays"].items()
+            }
+            return cls(arrays, dict(body["files"]), dict(body["notes"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MimoError(
+                f"{path} lacks a part or has one malformed ({error}). {AGAIN}"
+            ) from None
+
+    def check_files(self, directory: Path) -> None:
+        """Raises a MimoError naming the first small file that is missing or was changed."""
+        for name, expected in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise MimoError(f"{path} is missing, but the manifest lists it. {AGAIN}")
+            if hash_bytes(path.read_bytes()) != expected:
+                raise MimoError(
+                    f"{path} was changed after the checkpoint was saved: its hash is not the "
+                    f"manifest's. {AGAIN}"
+                )
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def hash_bytes(data: Any) -> str:
+    """BLAKE2b of bytes, 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def hash_array(array: np.ndarray) -> str:
+    """BLAKE2b of an array's bytes in C order."""
+    return hash_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash there is the old one or the new one, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _hash_body(body: dict[str, Any]) -> str:
+    return hash_bytes(json.dumps(body, sort_keys=True).encode())

@@ -1,0 +1,373 @@
+"""Our checkpoints: an Orbax tree of parameters, and a manifest that its content is held to.
+
+A checkpoint is a directory:
+
+    config.json      the target's ModelConfig
+    drafter.json     the drafter's DrafterConfig, if there is a drafter
+    tokenizer.json   as the `tokenizers` library writes it
+    params/          Orbax, OCDBT: {"target": ..., "drafter": ...}
+    manifest.json    shapes, dtypes and content hashes; written last, so that it marks completeness
+
+Orbax does not see flipped bits (measured: 40 of 40 were restored without an error), hence the
+hashes. Arrays are stored as one device has them: as many key/value groups as
+there are key/value heads.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from mimo_jax.checkpoint.flat import flatten, nest
+from mimo_jax.checkpoint.manifest import (
+    AGAIN,
+    DTYPES,
+    NAME,
+    ArrayEntry,
+    Manifest,
+    hash_bytes,
+    write_atomically,
+)
+from mimo_jax.config import DrafterConfig, ModelConfig, read_json
+from mimo_jax.errors import MimoError
+from mimo_jax.model.attention import regroup
+from mimo_jax.model.dflash import Drafter
+from mimo_jax.model.mimo import MiMo
+from mimo_jax.quant import mxfp4
+from pallas_kernels.mxfp4 import decode
+
+CONFIG, DRAFTER, TOKENIZER, PARAMS = "config.json", "drafter.json", "tokenizer.json", "params"
+SCALE = "_scale"
+BATCH_BYTES = 1 << 28
+"""Bytes read at a time: what reading needs of host memory, however large the checkpoint is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: small files read and checked, no parameter touched yet."""
+
+    directory: Path
+    config: ModelConfig
+    drafter: DrafterConfig | None
+    manifest: Manifest
+
+    @property
+    def tokenizer(self) -> Path:
+        """Path of the tokenizer's file.
+
+        Raises:
+          MimoError: if the checkpoint was saved without one.
+        """
+        if TOKENIZER not in self.manifest.files:
+            raise MimoError(
+                f"{self.directory} was saved without a {TOKENIZER}: text cannot be encoded. Save "
+                "it with tokenizer=."
+            )
+        return self.directory / TOKENIZER
+
+    @property
+    def packed(self) -> bool:
+        """Whether the experts are stored as MXFP4."""
+        return any(name.endswith(f".experts.gate_up{SCALE}") for name in self.manifest.arrays)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(entry.nbytes for entry in self.manifest.arrays.values())
+
+
+def save(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Any,
+    drafter_config: DrafterConfig | None = None,
+    drafter_params: Any = None,
+    *,
+    tokenizer: str | Path | None = None,
+    notes: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Writes a checkpoint; without its manifest, which comes last, it does not count as one.
+
+    Args:
+      directory: to write to; other files in it stay.
+      config: of the target.
+      params: the target's parameters: an nnx.State or nested dicts of arrays, as one device has
+        them (MiMo with shards=1). Experts may be MXFP4 or dense.
+      drafter_config: of the drafter, or None.
+      drafter_params: likewise.
+      tokenizer: a tokenizer.json to copy.
+      notes: remarks for the manifest; JSON.
+      overwrite: replace a checkpoint that is there already.
+
+    Raises:
+      MimoError: if parameters do not fit their configuration, an MXFP4 value cannot be trusted, or
+        there is a checkpoint already.
+    """
+    directory = Path(directory)
+    if (directory / NAME).exists() and not overwrite:
+        raise MimoError(
+            f"{directory} holds a checkpoint already: pass overwrite=True or choose another."
+        )
+    if (drafter_config is None) != (drafter_params is None):
+        raise MimoError("A drafter is saved with both drafter_config and drafter_params.")
+    arrays = flatten({"target": params, "drafter": drafter_params or {}})
+    entries = {name: ArrayEntry.of(array) for name, array in arrays.items()}
+    _check_entries(entries, config, drafter_config)
+    for name in entries:
+        if name + SCALE in entries:
+            _check_scales(name, arrays)
+    files = {CONFIG: _to_json(config.to_dict())}
+    if drafter_config is not None:
+        files[DRAFTER] = _to_json(drafter_config.to_dict())
+    if tokenizer is not None:
+        files[TOKENIZER] = Path(tokenizer).read_bytes()
+    manifest = Manifest(entries, {k: hash_bytes(v) for k, v in files.items()}, notes or {})
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / NAME).unlink(missing_ok=True)
+    if DRAFTER not in files:
+        (directory / DRAFTER).unlink(missing_ok=True)
+    for name, data in files.items():
+        write_atomically(directory / name, data)
+    shutil.rmtree(directory / PARAMS, ignore_errors=True)
+    _write(directory / PARAMS, arrays)
+    manifest.write(directory)
+    return manifest
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Reads a checkpoint's small files and checks that its arrays fit its configuration.
+
+    Raises:
+      MimoError: if something is missing, was changed, or does not fit; it says what to do.
+    """
+    directory = Path(directory)
+    manifest = Manifest.read(directory)
+    manifest.check_files(directory)
+    for name, needed in ((CONFIG, True), (DRAFTER, False)):
+        if (needed or (directory / name).exists()) and name not in manifest.files:
+            raise MimoError(f"{directory / name} is not listed in the manifest. {AGAIN}")
+    config = ModelConfig.from_dict(read_json(directory / CONFIG))
+    drafter = None
+    if DRAFTER in manifest.files:
+        drafter = DrafterConfig.from_dict(read_json(directory / DRAFTER))
+        drafter.check_target(config)
+    _check_entries(manifest.arrays, config, drafter)
+    return Checkpoint(directory, config, drafter, manifest)
+
+
+def load(
+    checkpoint: Checkpoint,
+    params: tuple[nnx.State, nnx.State | None],
+    shardings: tuple[Any, Any],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[nnx.State, nnx.State | None]:
+    """Reads parameters onto a mesh, each checked against its hash before anything uses it.
+
+    At most `BATCH_BYTES` (or one array, if it is larger) are in host memory at a time. What the
+    abstract parameters ask for is made on the way: other float dtypes, repeated key/value heads for
+    more devices than heads, dense experts out of MXFP4.
+
+    Args:
+      checkpoint: from `open_checkpoint`.
+      params: abstract states of target and drafter, as a `decode.program.Plan` has them; without a
+        drafter its arrays are not read.
+      shardings: NamedShardings in the same trees.
+      progress: called with the bytes read so far and all bytes to read.
+
+    Returns:
+      the states, with arrays.
+
+    Raises:
+      MimoError: naming the array that is missing or damaged.
+    """
+    wanted = {
+        f"{part}.{'.'.join(map(str, path))}": (variable, sharding)
+        for part, state, placed in zip(("target", "drafter"), params, shardings, strict=True)
+        if state is not None
+        for (path, variable), (_, sharding) in zip(
+            nnx.to_flat_state(state), nnx.to_flat_state(placed), strict=True
+        )
+    }
+    # Scales of experts that become dense are read, but have no place of their own.
+    dense = {name + SCALE for name in wanted if name + SCALE in checkpoint.manifest.arrays}
+    names = [n for n in checkpoint.manifest.arrays if n in wanted or n in dense]
+    total = sum(checkpoint.manifest.arrays[name].nbytes for name in names)
+    placed: dict[str, nnx.Variable] = {}
+    done = 0
+    for batch in _batches(names, checkpoint.manifest):
+        arrays = _read(checkpoint, batch)
+        for name in batch:
+            if name + SCALE in arrays:
+                _check_scales(name, arrays)
+        for name in (n for n in batch if n in wanted):
+            variable, sharding = wanted[name]
+            value = _convert(name, arrays, variable, checkpoint)
+            placed[name] = variable.replace(jax.device_put(value, _sharding(sharding)))
+        done += sum(array.nbytes for array in arrays.values())
+        progress(done, total)
+    states = []
+    for part, state in zip(("target", "drafter"), params, strict=True):
+        if state is not None:
+            paths = [path for path, _ in nnx.to_flat_state(state)]
+            state = nnx.from_flat_state(
+                [(path, placed[f"{part}.{'.'.join(map(str, path))}"]) for path in paths]
+            )
+        states.append(state)
+    return states[0], states[1]
+
+
+def _convert(name: str, arrays, variable, checkpoint: Checkpoint) -> jax.Array | np.ndarray:
+    """The stored array as the abstract parameter wants it."""
+    value = arrays[name]
+    if name + SCALE in arrays and variable.dtype != np.uint8:
+        value = np.asarray(_decode(value, arrays[name + SCALE], dtype=variable.dtype))
+    if value.shape != variable.shape:
+        value = _regroup(name, value, variable.shape[0], checkpoint)
+    if value.shape != variable.shape or (value.dtype == np.uint8) != (variable.dtype == np.uint8):
+        raise MimoError(
+            f"{name} is stored as {value.dtype}{list(value.shape)}, which cannot become "
+            f"{variable.dtype}{list(variable.shape)}: experts stored dense load with "
+            'experts="dequantized", not "packed".'
+        )
+    return value.astype(variable.dtype)
+
+
+def _regroup(name: str, value: np.ndarray, groups: int, checkpoint: Checkpoint) -> np.ndarray:
+    """Repeats key/value heads for a mesh of more devices than there are heads."""
+    part, *path, leaf = name.split(".")
+    if leaf == "qkv":
+        shapes = checkpoint.config.attention(int(path[1]))
+        return np.asarray(regroup(jnp.asarray(value), groups, shapes.head_dim, shapes.v_head_dim))
+    if part == "drafter" and leaf == "kv":
+        return np.repeat(value, groups // value.shape[0], axis=0)
+    return value
+
+
+_decode = jax.jit(decode, static_argnames="dtype")
+
+
+def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
+    """Arrays on the host, as saved: shape, dtype and hash are checked."""
+    arrays = {}
+    for name, pending in {name: _start_reading(checkpoint, name) for name in names}.items():
+        try:
+            arrays[name] = _finish_reading(pending)
+        except Exception:  # Whatever TensorStore raises, for files in whatever state.
+            raise MimoError(
+                f"{name} cannot be read from {checkpoint.directory / PARAMS}: files are missing, "
+                f"cut short or damaged. {AGAIN}"
+            ) from None
+        checkpoint.manifest.arrays[name].check(name, arrays[name])
+    return arrays
+
+
+def _start_reading(checkpoint: Checkpoint, name: str) -> Any:
+    """Opens one array of Orbax's tree through TensorStore, as Orbax does; a future.
+
+    Orbax's own restore fails as a whole, without a name, and leaves callbacks behind that print
+    tracebacks; it also wants an event loop of its own inside notebooks.
+    """
+    base = f"{(checkpoint.directory / PARAMS).absolute().as_uri()}/"
+    store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
+
+
+def _finish_reading(pending: Any) -> np.ndarray:
+    return pending.result().read().result()
+
+
+def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Saves with Orbax, which keeps its remarks to itself."""
+    import orbax.checkpoint as ocp
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), nest(arrays))
+    finally:
+        logger.setLevel(level)
+    # Orbax writes the folder's absolute path into it; that it is there is all that counts.
+    marker = folder / "commit_success.txt"
+    if marker.exists():
+        marker.write_text("committed\n")
+
+
+def _batches(names: list[str], manifest: Manifest) -> Iterator[list[str]]:
+    """Names in groups of at most BATCH_BYTES, MXFP4 codes together with their scales."""
+    batch, size = [], 0
+    known = set(names)
+    for name in names:
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in known:
+            continue
+        unit = [name, name + SCALE] if name + SCALE in known else [name]
+        nbytes = sum(manifest.arrays[n].nbytes for n in unit)
+        if batch and size + nbytes > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch += unit
+        size += nbytes
+    if batch:
+        yield batch
+
+
+def _check_scales(name: str, arrays: dict[str, np.ndarray]) -> None:
+    error = mxfp4.validate(arrays[name], arrays[name + SCALE], name)
+    if error is not None:
+        raise error
+
+
+def _check_entries(
+    entries: dict[str, ArrayEntry], config: ModelConfig, drafter: DrafterConfig | None
+) -> None:
+    """Raises a MimoError unless the arrays are those of the configuration, on one device."""
+    packed = any(name.endswith(f".experts.gate_up{SCALE}") for name in entries)
+    expected = {
+        f"target.{name}": v for name, v in _abstract(lambda r: MiMo(config, r, packed=packed))
+    }
+    if drafter is not None:
+        expected |= {f"drafter.{name}": v for name, v in _abstract(lambda r: Drafter(drafter, r))}
+    missing, extra = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected)
+    if missing or extra:
+        raise MimoError(
+            f"The parameters are not those of the configuration: missing {missing[:4]}, unknown "
+            f"{extra[:4]} ({len(missing)} and {len(extra)} in all). Use the configuration that the "
+            "parameters were trained with."
+        )
+    for name, variable in expected.items():
+        entry = entries[name]
+        if entry.shape != tuple(variable.shape):
+            raise MimoError(
+                f"{name} has shape {entry.shape}; the configuration needs {variable.shape}. "
+                "Use the configuration that they were trained with, and shapes as on one device."
+            )
+        allowed = DTYPES[:2] if variable.dtype != np.uint8 else ("uint8",)
+        # A router in bfloat16 would choose other experts.
+        allowed = ("float32",) if ".router." in name else allowed
+        if entry.dtype not in allowed:
+            raise MimoError(f"{name} has dtype {entry.dtype}; allowed are {', '.join(allowed)}.")
+
+
+def _abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> list[tuple[str, nnx.Variable]]:
+    state = nnx.state(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
+
+
+def _sharding(placed: Any) -> NamedSharding:
+    return placed.get_value() if isinstance(placed, nnx.Variable) else placed
+
+
+def _to_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
