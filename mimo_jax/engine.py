@@ -1,0 +1,458 @@
+"""What users hold: an engine that answers prompts, its sessions, and outputs with statistics."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mimo_jax.checkpoint import store
+from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.decode.batch import CHUNKS, Decoding
+from mimo_jax.decode.options import Options
+from mimo_jax.decode.output import Output, Piece
+from mimo_jax.decode.program import Plan, Settings, make_plan, make_program, state_maker
+from mimo_jax.decode.state import State
+from mimo_jax.errors import MimoError
+from mimo_jax.sharding import RULES, make_mesh
+from mimo_jax.text.tokenizer import Detokenizer, Tokenizer
+
+DEFAULT_MAX_LEN = 4096
+"""Cache length where the model's context is longer and none is asked for."""
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+_log = logging.getLogger("mimo_jax")
+
+
+class Engine:
+    """A model on a mesh, ready to answer. Made by `load`; not for several threads at once.
+
+    Programs are compiled when first needed, one for each batch size and prefill chunk; options
+    never compile anew.
+
+    Attributes:
+      config: of the target.
+      drafter: of the drafter, or None.
+      tokenizer: of the checkpoint.
+      max_len: tokens that a sequence may have, prompt included.
+      experts: "packed", "dequantized" or "dense".
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        max_len: int,
+        experts: str,
+        dtype: Any,
+        progress: bool,
+    ):
+        self.config: ModelConfig = plan.config
+        self.drafter: DrafterConfig | None = plan.drafter
+        self.tokenizer = tokenizer
+        self.max_len = max_len
+        self.experts = experts
+        self._plan, self._params, self._dtype = plan, params, dtype
+        self._progress = progress
+        self._programs: dict[tuple[int, int], Any] = {}
+        self._makers: dict[int, Any] = {}
+        self._idle: tuple[int, State] | None = None
+
+    @property
+    def block(self) -> int:
+        """Rows of a verified block: the anchor and the drafts; 1 without a drafter."""
+        return 1 if self.drafter is None else self.drafter.block_size
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh."""
+        return self._plan.shards
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple(self.config.eos_token_ids or self.tokenizer.eos_ids)
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """Answers a prompt, or a batch of prompts together, in one launch.
+
+        Args:
+          prompt: text or token ids, or a list of them.
+          **options: max_tokens=256; temperature=0.0 (greedy); top_p=1.0; top_k=0 (all); seed=0;
+            speculative=True (False: the same program without drafts); max_draft=None (drafted
+            tokens to verify a round, 0 to block - 1); ignore_eos=False.
+
+        Returns:
+          an Output; for a list of prompts a list of them. Sampled noise is keyed by the seed, the
+          prompt's place in the list and the position.
+
+        Raises:
+          MimoError: for an option or a prompt that is not allowed.
+        """
+        checked = Options.check(self.block, self.config.vocab_size, options)
+        prompts, single = self._prompts(prompt)
+        decoding = Decoding(self, len(prompts))
+        decoding.append(prompts, checked)
+        decoding.advance(decoding.limits)
+        outputs = decoding.outputs()
+        decoding.release()
+        return outputs[0] if single else outputs
+
+    def stream(self, prompt: Prompt, *, every: int = 16, **options: Any) -> Iterator[Piece]:
+        """Answers a prompt piece by piece: the text and tokens of `generate`, as they come.
+
+        Stop iterating, or close the iterator, to cancel.
+
+        Args:
+          prompt: text or token ids.
+          every: tokens that a piece has at least, but for the last: the program pauses after the
+            round that reaches them.
+          **options: as for `generate`.
+
+        Returns:
+          an iterator of pieces. Their texts hold whole characters; joined, they are the answer's.
+
+        Raises:
+          MimoError: at once, for an option or a prompt that is not allowed.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise MimoError(
+                f"every={every!r} is not allowed: it must be a whole number, 1 or more."
+            )
+        checked = Options.check(self.block, self.config.vocab_size, options)
+        tokens = self._encode(prompt)
+        return self._pieces(tokens, every, checked)
+
+    def _pieces(self, tokens: list[int], every: int, options: Options) -> Iterator[Piece]:
+        decoding = Decoding(self, 1)
+        decoding.append([tokens], options)
+        detokenizer = Detokenizer(self.tokenizer)
+        shown = 0
+        try:
+            while True:
+                decoding.advance(decoding.lengths + every)
+                fresh = decoding.answer(0)[shown:]
+                shown += len(fresh)
+                text = detokenizer.push(self._spelled(fresh))
+                if decoding.over:
+                    output = decoding.outputs()[0]
+                    text += detokenizer.finish()
+                    yield Piece(text, fresh, output.finish_reason, output.stats)
+                    return
+                yield Piece(text, fresh)
+        finally:
+            decoding.release()
+
+    def session(self) -> "Session":
+        """Starts a conversation that keeps its caches between turns."""
+        self._check_open()
+        return Session(self)
+
+    def close(self) -> None:
+        """Frees the parameters and caches; the engine cannot be used any more."""
+        if self._params is not None:
+            for leaf in jax.tree.leaves((self._params, self._idle)):
+                if isinstance(leaf, jax.Array):
+                    leaf.delete()
+        self._params = self._idle = None
+        self._programs.clear()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine({self.config.num_hidden_layers} layers, block {self.block}, max_len "
+            f"{self.max_len}, experts {self.experts}, {self.devices} device(s))"
+        )
+
+    def summary(self) -> str:
+        """A few lines on the model, its memory and its mesh."""
+        self._check_open()
+        config, leaves = self.config, jax.tree.leaves(self._params)
+        first = self._plan.mesh.devices.flat[0]
+        held = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == first)
+        moe, full = sum(config.moe_layer_freq), config.hybrid_layer_pattern.count(0)
+        drafter = "none" if self.drafter is None else f"{self.drafter.num_hidden_layers} layers"
+        return "\n".join(
+            [
+                f"layers      {config.num_hidden_layers}: {full} full attention, {moe} with "
+                f"{config.n_routed_experts} experts, {config.num_experts_per_tok} active",
+                f"drafter     {drafter}, block {self.block}",
+                f"parameters  {sum(x.nbytes for x in leaves) / 1e6:.1f} MB, {held / 1e6:.1f} MB a "
+                f"device; experts {self.experts}, others {jnp.dtype(self._dtype).name}",
+                f"devices     {self.devices} x {first.device_kind} ({self._plan.layout} layout)",
+                f"max_len     {self.max_len}",
+            ]
+        )
+
+    def _check_open(self) -> None:
+        if self._params is None:
+            raise MimoError("This engine was closed: load the checkpoint again.")
+
+    def _prompts(self, prompt: Any) -> tuple[list[list[int]], bool]:
+        """Token ids of each prompt, and whether it was a single one."""
+        whole = isinstance(prompt, Sequence) and all(isinstance(p, int) for p in prompt)
+        if isinstance(prompt, str) or whole and len(prompt):
+            return [self._encode(prompt)], True
+        if not isinstance(prompt, Sequence) or not len(prompt):
+            raise MimoError(
+                f"prompt={prompt!r} is not allowed: it must be a str, token ids, or a list of at "
+                "least one of these."
+            )
+        return [self._encode(p) for p in prompt], False
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            tokens = list(self.tokenizer.encode(prompt))
+        elif isinstance(prompt, Sequence) and all(isinstance(p, int) for p in prompt):
+            tokens, vocab = list(prompt), self.config.vocab_size
+            strange = [p for p in tokens if not 0 <= p < vocab]
+            if strange:
+                raise MimoError(
+                    f"token id {strange[0]} is not in the vocabulary: 0 to {vocab - 1}."
+                )
+        else:
+            raise MimoError(f"prompt={prompt!r} is not allowed: it must be a str or token ids.")
+        if not tokens:
+            raise MimoError("The prompt is empty: give at least one character to go on from.")
+        return tokens
+
+    def _spelled(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens that have text: vocabularies are padded, with ids that the tokenizer lacks."""
+        return [token for token in tokens if token < self.tokenizer.vocab_size]
+
+    def _program(self, batch: int, chunk: int, state: State, request: Any) -> tuple[Any, float]:
+        """The compiled program, and the seconds that compiling took now."""
+        if (batch, chunk) in self._programs:
+            return self._programs[batch, chunk], 0.0
+        settings = Settings(batch, self.max_len, self.block, chunk, self._dtype)
+        self._say(f"Compiling for a batch of {batch}, prefill chunks of {chunk} ...")
+        start = time.perf_counter()
+        program = make_program(self._plan, settings)
+        compiled = program.lower(self._params, state, request).compile()
+        seconds = time.perf_counter() - start
+        kept = ", cached for the next time" if jax.config.jax_compilation_cache_dir else ""
+        self._say(f"Compiled in {seconds:.1f} s{kept}.")
+        self._programs[batch, chunk] = compiled
+        return compiled, seconds
+
+    def _take(self, batch: int) -> State:
+        """A state for that many sequences: the last one given back, if it fits, or a new one."""
+        self._check_open()
+        idle, self._idle = self._idle, None
+        if idle is not None and idle[0] == batch:
+            return idle[1]
+        if batch not in self._makers:
+            settings = Settings(batch, self.max_len, self.block, CHUNKS[0], self._dtype)
+            self._makers[batch] = state_maker(self._plan, settings)
+        return self._makers[batch]()
+
+    def _say(self, message: str) -> None:
+        if self._progress:
+            print(message, file=sys.stderr, flush=True)
+
+
+class Session:
+    """A conversation: what was said stays in the caches, the drafter's too.
+
+    Made by `Engine.session`.
+
+    Its text is one growing sequence, end-of-sequence tokens included: each turn's answer is what
+    `generate` would give for everything before it.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._decoding: Decoding | None = Decoding(engine, 1)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens so far: every turn's text and answer."""
+        return tuple(self._open().tokens[0])
+
+    def send(self, text: Prompt, **options: Any) -> Output:
+        """Adds text and answers it.
+
+        Args:
+          text: or token ids.
+          **options: as for `Engine.generate`.
+
+        Raises:
+          MimoError: for an option that is not allowed, or text that the cache has no room for; the
+            session then stays as it was.
+        """
+        engine, decoding = self._engine, self._open()
+        checked = Options.check(engine.block, engine.config.vocab_size, options)
+        decoding.append([engine._encode(text)], checked)
+        decoding.advance(decoding.limits)
+        return decoding.outputs()[0]
+
+    def close(self) -> None:
+        """Gives the caches back; the session cannot be used any more."""
+        if self._decoding is not None:
+            self._decoding.release()
+            self._decoding = None
+
+    def _open(self) -> Decoding:
+        if self._decoding is None:
+            raise MimoError("This session was closed: start another with engine.session().")
+        return self._decoding
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    devices: int | Sequence[Any] | None = None,
+    drafter: bool = True,
+    max_len: int | None = None,
+    experts: str = "auto",
+    layout: str = "tensor",
+    dtype: Any = None,
+    progress: bool = True,
+) -> Engine:
+    """Opens a checkpoint onto a mesh of devices.
+
+    Args:
+      path: directory of the checkpoint.
+      mesh: from `make_mesh`.
+      devices: instead of a mesh: how many devices, or which; all of them by default.
+      drafter: False leaves it out: decoding is plain, at its fastest, with a block of 1.
+      max_len: tokens that a sequence may have, prompt included; by default the model's context, and
+        at most 4096.
+      experts: "packed" keeps MXFP4 in memory; "dequantized" decodes it once, here: the same
+        tokens, more memory; "auto" is "dequantized" on CPUs, where decoding at every step costs
+        more than it saves, if that takes at most a quarter of the machine's memory; else "packed".
+      layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
+      dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
+      progress: say on stderr what takes time.
+
+    Raises:
+      MimoError: if the checkpoint is missing or damaged, or does not fit the devices or the
+        arguments.
+    """
+    if mesh is not None and devices is not None:
+        raise MimoError("mesh and devices are both given: one is enough.")
+    if layout not in RULES:
+        raise MimoError(f"layout={layout!r} is not allowed: it must be one of {list(RULES)}.")
+    checkpoint = store.open_checkpoint(path)
+    mesh = make_mesh(devices) if mesh is None else mesh
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = _dtype(dtype, on_cpu)
+    mode = _experts(experts, checkpoint, dtype, on_cpu)
+    max_len = _max_len(max_len, checkpoint.config)
+    tokenizer = _tokenizer(checkpoint)
+    _use_compilation_cache()
+
+    def say(message: str) -> None:
+        if progress:
+            print(message, file=sys.stderr, flush=True)
+
+    drafted = checkpoint.drafter if drafter else None
+    if drafter and drafted is None:
+        say(f"{path} has no drafter: decoding is plain.")
+    plan = make_plan(
+        checkpoint.config, drafted, mesh, layout=layout, packed=mode == "packed", dtype=dtype
+    )
+    start = time.perf_counter()
+    params = store.load(checkpoint, plan.params, plan.param_shardings)
+    jax.block_until_ready(params)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    how = (
+        f", experts decoded from MXFP4 to {jnp.dtype(dtype).name}" if mode == "dequantized" else ""
+    )
+    say(
+        f"Loaded {path}: {checkpoint.nbytes / 1e6:.0f} MB on disk, {held / 1e6:.0f} MB on "
+        f"{plan.shards} {mesh.devices.flat[0].platform} device(s){how}, "
+        f"{time.perf_counter() - start:.1f} s."
+    )
+    return Engine(
+        plan, params, tokenizer, max_len=max_len, experts=mode, dtype=dtype, progress=progress
+    )
+
+
+def _tokenizer(checkpoint: store.Checkpoint) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise MimoError(
+            f"{checkpoint.tokenizer} has {tokenizer.vocab_size} tokens, the model "
+            f"{checkpoint.config.vocab_size}: they do not belong together. Use the tokenizer that "
+            "the model was trained with."
+        )
+    return tokenizer
+
+
+def _dtype(dtype: Any, on_cpu: bool) -> Any:
+    if dtype is None:
+        return jnp.float32 if on_cpu else jnp.bfloat16
+    for allowed in (jnp.float32, jnp.bfloat16):
+        if dtype == allowed or dtype == jnp.dtype(allowed).name:
+            return allowed
+    raise MimoError(f"dtype={dtype!r} is not allowed: it must be float32 or bfloat16.")
+
+
+def _experts(experts: str, checkpoint: store.Checkpoint, dtype: Any, on_cpu: bool) -> str:
+    """How the experts are held."""
+    if experts not in ("auto", "packed", "dequantized"):
+        raise MimoError(
+            f"experts={experts!r} is not allowed: it must be 'auto', 'packed' or 'dequantized'."
+        )
+    if not checkpoint.packed:
+        if experts == "packed":
+            raise MimoError(
+                f"experts='packed', but {checkpoint.directory} stores dense experts: use 'auto'."
+            )
+        return "dense"
+    if experts != "auto":
+        return experts
+    codes = sum(
+        entry.nbytes
+        for name, entry in checkpoint.manifest.arrays.items()
+        if ".experts." in name and not name.endswith("_scale")
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = 2 * codes * jnp.dtype(dtype).itemsize <= memory // 4
+    return "dequantized" if on_cpu and fits else "packed"
+
+
+def _max_len(max_len: int | None, config: ModelConfig) -> int:
+    context = config.max_position_embeddings
+    if max_len is None:
+        return min(context, DEFAULT_MAX_LEN)
+    if isinstance(max_len, bool) or not 2 <= max_len <= context:
+        raise MimoError(
+            f"max_len={max_len!r} is not allowed: it must be 2 to {context}, the model's context."
+        )
+    return max_len
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, unless the user has set that up already."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "mimo_jax" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.warning("Compiled programs are not kept: %s cannot be made (%s).", folder, error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # What was compiled before may have made JAX decide that there is no cache.
+    compilation_cache.reset_cache()

@@ -1,0 +1,445 @@
+"""The engine: answers, streams and sessions agree, statistics add up, bad input is explained."""
+
+import dataclasses
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tiny_checkpoint import (
+    CONFIG,
+    DRAFTER,
+    checkpoint,  # noqa: F401
+    write_checkpoint,
+    write_tokenizer,
+)
+
+import mimo_jax
+from mimo_jax import plots
+from mimo_jax.checkpoint import store
+from mimo_jax.decode.batch import Decoding
+from mimo_jax.errors import MimoError
+
+BLOCK = DRAFTER.block_size
+SAMPLED = {"temperature": 1.0, "top_p": 0.97}
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):  # noqa: F811
+    with mimo_jax.load(checkpoint, devices=1, progress=False) as engine:
+        yield engine
+
+
+def random_prompt(rng, low=1, high=60) -> list[int]:
+    return [int(t) for t in rng.integers(1, CONFIG.vocab_size, rng.integers(low, high))]
+
+
+def check_stats(output, prompt_tokens, max_tokens):
+    stats = output.stats
+    counts = np.array(stats.acceptance_histogram)
+    assert stats.prompt_tokens == prompt_tokens
+    assert stats.tokens == len(output.tokens) + (output.finish_reason == "stop") <= max_tokens
+    assert (counts * np.arange(len(counts))).sum() == stats.tokens
+    assert counts.sum() == stats.rounds and counts[0] == 0
+    assert stats.acceptance_length == stats.tokens / stats.rounds
+    # The round of an end-of-sequence token is counted, although the token is not shown.
+    emitted = np.bincount(output.rounds, minlength=stats.rounds)
+    emitted[-1] += output.finish_reason == "stop"
+    assert len(output.rounds) == len(output.tokens) and sorted(output.rounds) == [*output.rounds]
+    assert (np.bincount(emitted, minlength=len(counts)) == counts).all()
+    assert stats.tokens_per_second == stats.tokens / stats.wall_s > 0
+
+
+def test_an_answer_and_its_statistics(engine):
+    output = engine.generate("abx = bc", max_tokens=30, **SAMPLED, seed=3)
+    assert isinstance(output, mimo_jax.Output) and str(output) == output.text
+    assert output.finish_reason in ("stop", "length")
+    check_stats(output, len(engine.tokenizer.encode("abx = bc")), 30)
+    assert len(output.stats.acceptance_histogram) == BLOCK + 1
+    assert output.text == engine.tokenizer.decode(t for t in output.tokens if t < 300)
+    again = engine.generate("abx = bc", max_tokens=30, **SAMPLED, seed=3)
+    assert again.tokens == output.tokens and again.stats.compile_s == 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        output.text = ""
+    for shown in (repr(engine), engine.summary(), str(output.stats)):
+        assert "dequantized" in shown and len(shown) < 1000
+
+
+def test_drafting_changes_no_token(engine, rng):
+    """Also for fewer drafts; and what an earlier answer left in the caches is not seen."""
+    for _ in range(6):
+        prompt, seed = random_prompt(rng), int(rng.integers(2**32))
+        options = {"max_tokens": int(rng.integers(1, 90)), "seed": seed}
+        options["temperature"] = float(rng.choice([0.0, 0.7, 1.3]))
+        plain = engine.generate(prompt, speculative=False, **options)
+        assert plain.stats.acceptance_length == 1
+        for max_draft in (None, 0, 2, BLOCK - 1):
+            drafted = engine.generate(prompt, max_draft=max_draft, **options)
+            assert (drafted.tokens, drafted.text) == (plain.tokens, plain.text)
+            assert drafted.finish_reason == plain.finish_reason
+            check_stats(drafted, len(prompt), options["max_tokens"])
+
+
+def test_drafts_are_accepted_at_times(engine, rng):
+    """Otherwise the comparisons of this file would compare plain decoding with itself."""
+    outputs = [
+        engine.generate(random_prompt(rng), max_tokens=100, temperature=0.7, seed=s)
+        for s in range(8)
+    ]
+    assert sum(sum(o.stats.acceptance_histogram[2:]) for o in outputs) > 0
+
+
+def test_a_stream_is_the_answer(engine, rng):
+    """For every stop point and every size of piece."""
+    prompt, seed = random_prompt(rng), int(rng.integers(2**32))
+    whole = engine.generate(prompt, max_tokens=40, **SAMPLED, seed=seed, ignore_eos=True)
+    for stop in range(1, 41):
+        every = int(rng.integers(1, 12))
+        options = {"max_tokens": stop, "seed": seed, "ignore_eos": True, **SAMPLED}
+        pieces = list(engine.stream(prompt, every=every, **options))
+        output = engine.generate(prompt, **options)
+        assert output.tokens == whole.tokens[:stop]
+        assert sum((p.tokens for p in pieces), ()) == output.tokens
+        assert "".join(p.text for p in pieces) == output.text
+        # A piece ends with the round in which it has enough tokens.
+        assert all(every <= len(p.tokens) < every + engine.block for p in pieces[:-1])
+        assert len(pieces[-1].tokens) < every + engine.block
+        assert [p.finish_reason for p in pieces] == [None] * (len(pieces) - 1) + ["length"]
+        check_stats(output, len(prompt), stop)
+        last = pieces[-1].stats
+        assert (last.tokens, last.prompt_tokens) == (stop, len(prompt))
+        assert last.acceptance_histogram == output.stats.acceptance_histogram
+
+
+def test_a_stream_ends_where_the_answer_ends(engine, rng):
+    """At an end-of-sequence token anywhere in a piece or block."""
+    stopped = 0
+    for seed in range(40):
+        prompt = random_prompt(rng)
+        options = {"max_tokens": 60, "temperature": 1.5, "seed": seed}
+        output = engine.generate(prompt, **options)
+        pieces = list(engine.stream(prompt, every=int(rng.integers(1, 20)), **options))
+        assert sum((p.tokens for p in pieces), ()) == output.tokens
+        assert "".join(map(str, pieces)) == output.text
+        assert pieces[-1].finish_reason == output.finish_reason
+        assert 0 not in output.tokens
+        stopped += output.finish_reason == "stop"
+    assert stopped > 0, "no answer ended by itself: the test shows nothing"
+
+
+def test_a_stream_never_splits_a_character(engine):
+    """Pieces decode to whole characters although tokens are single bytes of them."""
+
+    class Spelling:
+        """Stands for the program: emits the bytes of a given text."""
+
+        def advance(self, limits):
+            emitted = self.lengths[0] - self.starts[0]
+            count = int(limits[0]) - self.lengths[0]
+            self.tokens[0] += script[emitted : emitted + count]
+            self.histogram, self.ttft_s = np.array([[0, int(limits[0])]]), 0.0
+            self.rounds = np.zeros((1, engine.max_len), np.int32)
+
+    text = "é世🎉a" * 5
+    script = engine.tokenizer.encode(text)
+    assert len(script) > len(text)
+    original = Decoding.advance
+    Decoding.advance = Spelling.advance
+    try:
+        for every in range(1, 9):
+            pieces = list(engine.stream("a", every=every, max_tokens=len(script)))
+            assert "".join(p.text for p in pieces) == text
+            assert not any("\ufffd" in p.text for p in pieces)
+        cut = list(engine.stream("a", every=3, max_tokens=len(script) - 2))
+        assert "".join(p.text for p in cut).startswith(text[:-2])
+    finally:
+        Decoding.advance = original
+
+
+def test_a_closed_stream_leaves_the_engine_usable(engine):
+    expected = engine.generate("abc", max_tokens=20, **SAMPLED)
+    stream = engine.stream("xyz", every=2, max_tokens=50, ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert engine.generate("abc", max_tokens=20, **SAMPLED).tokens == expected.tokens
+
+
+def test_open_streams_do_not_meet(engine):
+    options = {"max_tokens": 12, "ignore_eos": True, **SAMPLED}
+    expected = [engine.generate(p, **options).tokens for p in ("abc", "xyz")]
+    streams = [engine.stream(p, every=3, **options) for p in ("abc", "xyz")]
+    seen = [(), ()]
+    for pieces in zip(*streams, strict=True):
+        seen = [tokens + piece.tokens for tokens, piece in zip(seen, pieces, strict=True)]
+    assert seen == expected
+
+
+def test_a_batch_is_its_prompts_apart(engine, rng):
+    prompts = [random_prompt(rng, 2, 50), "abx", random_prompt(rng, 2, 9)]
+    together = engine.generate(prompts, max_tokens=25)
+    assert [o.tokens for o in together] == [
+        engine.generate(p, max_tokens=25).tokens for p in prompts
+    ]
+    twins = engine.generate(["abx"] * 3, max_tokens=25, **SAMPLED)
+    assert twins[0].tokens == engine.generate("abx", max_tokens=25, **SAMPLED).tokens
+    assert twins[0].tokens != twins[1].tokens
+
+
+def test_a_session_is_one_long_prompt(engine, rng):
+    """Each turn answers as `generate` does for all tokens so far; at any temperature."""
+    session = engine.session()
+    for turn in range(5):
+        text = random_prompt(rng, 1, 12)
+        before = session.tokens
+        options = {"max_tokens": int(rng.integers(1, 20)), "seed": turn, "temperature": turn % 2}
+        output = session.send(text, **options)
+        expected = engine.generate([*before, *text], **options)
+        assert output.tokens == expected.tokens and output.text == expected.text
+        check_stats(output, len(text), options["max_tokens"])
+        ended = (0,) if output.finish_reason == "stop" else ()
+        assert session.tokens == (*before, *text, *output.tokens, *ended)
+    held = session.tokens
+    with pytest.raises(MimoError, match=f"after the {len(held)} that the session holds"):
+        session.send(random_prompt(rng, 176, 177))
+    with pytest.raises(MimoError, match="temperature"):
+        session.send("a", temperature=-1)
+    assert session.tokens == held
+    session.close()
+    with pytest.raises(MimoError, match="session was closed"):
+        session.send("a")
+
+
+def test_a_session_goes_on_after_an_end(engine, rng):
+    """The end-of-sequence token stays in the context, and the next turn is answered."""
+    for seed in range(100):
+        session = engine.session()
+        first = session.send(random_prompt(rng, 2, 20), temperature=1.5, seed=seed, max_tokens=60)
+        if first.finish_reason == "stop":
+            break
+    assert first.finish_reason == "stop" and session.tokens[-1] == 0
+    text, before = random_prompt(rng, 1, 9), session.tokens
+    second = session.send(text, max_tokens=15, ignore_eos=True)
+    expected = engine.generate([*before, *text], max_tokens=15, ignore_eos=True)
+    assert len(second.tokens) == 15 and second.tokens == expected.tokens
+
+
+def test_long_prompts_go_in_by_chunks(engine, rng):
+    """A prompt of several chunks continues as the same tokens do after a short one."""
+    long = random_prompt(rng, 130, 150)
+    session = engine.session()
+    session.send(long[:30], max_tokens=1)
+    kept = session.tokens[:30]
+    assert kept == tuple(long[:30])
+    output = engine.generate(long, max_tokens=20)
+    assert output.tokens == engine.generate(long, max_tokens=20, speculative=False).tokens
+    assert (1, 256) in engine._programs
+    session.close()
+
+
+def test_the_caches_end_is_reported(engine, caplog):
+    prompt = [5] * 170
+    with caplog.at_level(logging.WARNING, "mimo_jax"):
+        output = engine.generate(prompt, max_tokens=50, ignore_eos=True)
+    assert output.finish_reason == "length" and len(output.tokens) == 176 - 170
+    assert "The cache's end stopped an answer after 6 of max_tokens=50" in caplog.text
+    caplog.clear()
+    engine.generate(prompt, max_tokens=6, ignore_eos=True)
+    assert not caplog.records
+
+
+def test_nothing_compiles_anew_in_a_bucket(engine, rng):
+    """And one answer is one launch of one program."""
+    engine.generate("a", max_tokens=1)
+    program, calls = engine._programs[1, 64], []
+    engine._programs[1, 64] = lambda *a: calls.append(1) or program(*a)
+    try:
+        with jax.log_compiles(False):
+            for index in range(25):
+                engine.generate(
+                    random_prompt(rng, 1, 60),
+                    max_tokens=int(rng.integers(1, 12)),
+                    temperature=float(rng.choice([0, 0.5, 2])),
+                    top_k=int(rng.integers(0, 9)),
+                    seed=index,
+                    max_draft=int(rng.integers(0, BLOCK)),
+                )
+        assert len(calls) == 25
+    finally:
+        engine._programs[1, 64] = program
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0 is not allowed: it must be a whole number, 1 or more"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5"),
+        ({"max_tokens": True}, "max_tokens=True"),
+        ({"temperature": -0.1}, "temperature=-0.1 is not allowed: it must be 0, or 0.0001 or more"),
+        ({"temperature": 1e-9}, "temperature=1e-09"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"top_p": 0.0}, "top_p=0.0 is not allowed: it must be 0.0001 to 1"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_k": -1}, r"top_k=-1 .* 0 \(all\) to 312"),
+        ({"top_k": 313}, "top_k=313"),
+        ({"seed": 2**32}, "seed=4294967296 .* 0 to 4294967295"),
+        ({"seed": -1}, "seed=-1"),
+        ({"max_draft": 5}, "max_draft=5 .* 0 to 4"),
+        ({"max_draft": 1, "speculative": False}, "max_draft=1 .* as speculative=False says"),
+        ({"speculative": 1}, "speculative=1 .* True or False"),
+        ({"temprature": 1}, "option 'temprature' is not known; there are max_tokens, temperature"),
+    ],
+)
+def test_options_that_are_not_allowed(engine, options, match):
+    with pytest.raises(MimoError, match=match):
+        engine.generate("a", **options)
+    with pytest.raises(MimoError, match=match):
+        engine.stream("a", **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ("", "The prompt is empty: give at least one character"),
+        (["ab", ""], "The prompt is empty"),
+        ([], "must be a str, token ids, or a list"),
+        ([1, 312], "token id 312 is not in the vocabulary: 0 to 311"),
+        ([-1], "token id -1"),
+        ([9] * 176, "The prompt has 176 tokens; the cache holds 176, one of them for the answer"),
+        ("z" * 400, "larger max_len"),
+    ],
+)
+def test_prompts_that_are_not_allowed(engine, prompt, match):
+    with pytest.raises(MimoError, match=match):
+        engine.generate(prompt)
+    assert engine.generate("a", max_tokens=2).stats.tokens
+
+
+@pytest.mark.parametrize("prompt", [7, None, 3.5, ["ab", 3.5], ["ab", None], [["ab"]], [1, "ab"]])
+def test_what_is_no_prompt(engine, prompt):
+    """Past the type checks that only tests have."""
+    with pytest.raises(MimoError, match="prompt=.* is not allowed: it must be a str"):
+        engine._prompts(prompt)
+
+
+def test_pieces_of_no_size(engine):
+    for every in (0, -1, 2.0, True):
+        with pytest.raises((MimoError, TypeError), match="every"):
+            engine.stream("a", every=every)
+
+
+@pytest.mark.parametrize(("devices", "layout"), [(1, "tensor"), (2, "expert"), (4, "tensor")])
+def test_meshes_and_experts_agree(engine, checkpoint, devices, layout, rng):  # noqa: F811
+    """Packed experts, on one device or divided over several, give the tokens of dense ones."""
+    options = {"devices": devices, "layout": layout, "experts": "packed", "progress": False}
+    with mimo_jax.load(checkpoint, **options) as other:
+        assert other.experts == "packed" and other.devices == devices
+        for _ in range(3):
+            prompt = random_prompt(rng)
+            mine, theirs = (e.generate(prompt, max_tokens=40) for e in (engine, other))
+            assert mine.tokens == theirs.tokens
+            assert theirs.stats.devices == devices and theirs.stats.experts == "packed"
+
+
+def test_without_a_drafter_the_block_is_one(engine, checkpoint, tmp_path, capsys, rng):  # noqa: F811
+    capsys.readouterr()
+    with mimo_jax.load(checkpoint, devices=1, drafter=False, max_len=100) as plain:
+        assert (plain.block, plain.drafter, plain.max_len) == (1, None, 100)
+        prompt = random_prompt(rng)
+        output = plain.generate(prompt, max_tokens=30)
+        assert output.stats.acceptance_histogram == (0, output.stats.tokens)
+        assert output.tokens == engine.generate(prompt, max_tokens=30).tokens
+        with pytest.raises(MimoError, match="max_draft=1 .* 0 to 0"):
+            plain.generate("a", max_draft=1)
+    said = capsys.readouterr()
+    assert not said.out
+    for words in ("Loaded", "experts decoded from MXFP4", "Compiling for a batch of 1", "Compiled"):
+        assert words in said.err
+    mimo_jax.load(write_checkpoint(tmp_path, drafter=False), devices=1).close()
+    assert "has no drafter: decoding is plain" in capsys.readouterr().err
+
+
+def test_a_closed_engine(checkpoint):  # noqa: F811
+    engine = mimo_jax.load(checkpoint, devices=1, progress=False)
+    session = engine.session()
+    engine.close()
+    engine.close()
+    for use in (lambda: engine.generate("a"), engine.session, engine.summary):
+        with pytest.raises(MimoError, match="engine was closed"):
+            use()
+    with pytest.raises(MimoError, match="engine was closed"):
+        session.send("a")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"devices": 3}, r"devices=3 cannot divide .* numbers that can: \[1, 2, 4, 8\]"),
+        ({"devices": 9}, "devices=9, but"),
+        ({"devices": 0}, "devices=0"),
+        ({"devices": 8}, "numbers that can"),
+        ({"experts": "fast"}, "experts='fast' .* 'auto', 'packed' or 'dequantized'"),
+        ({"layout": "data"}, "layout='data'"),
+        ({"dtype": "float16"}, "dtype='float16' .* float32 or bfloat16"),
+        ({"max_len": 1}, "max_len=1 .* 2 to 176, the model's context"),
+        ({"max_len": 177}, "max_len=177"),
+        ({"devices": 1, "mesh": mimo_jax.make_mesh(1)}, "mesh and devices are both given"),
+    ],
+)
+def test_loading_that_is_not_allowed(checkpoint, options, match):  # noqa: F811
+    with pytest.raises(MimoError, match=match):
+        mimo_jax.load(checkpoint, progress=False, **options)
+
+
+def test_a_tokenizer_of_another_model(checkpoint, tmp_path):  # noqa: F811
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    write_tokenizer(copy / "tokenizer.json", 320)
+    manifest = store.Manifest.read(copy)
+    data = store.hash_bytes((copy / "tokenizer.json").read_bytes())
+    files = manifest.files | {"tokenizer.json": data}
+    dataclasses.replace(manifest, files=files).write(copy)
+    with pytest.raises(MimoError, match="has 320 tokens, the model 312"):
+        mimo_jax.load(copy, devices=1)
+
+
+def test_the_compilation_cache(tmp_path, monkeypatch, caplog):
+    """A folder of ours unless the user has chosen one; without a writable place, a warning."""
+    chosen = jax.config.jax_compilation_cache_dir
+    try:
+        mimo_jax.engine._use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == chosen
+        jax.config.update("jax_compilation_cache_dir", None)
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        mimo_jax.engine._use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+        assert "Compiled programs are not kept" in caplog.text
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        mimo_jax.engine._use_compilation_cache()
+        folder = tmp_path / "cache" / "mimo_jax" / "xla"
+        assert jax.config.jax_compilation_cache_dir == str(folder) and folder.is_dir()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", chosen)
+        compilation_cache.reset_cache()
+
+
+def test_public_names_are_there():
+    for name in mimo_jax.__all__:
+        assert getattr(mimo_jax, name) is not None and name in dir(mimo_jax)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = mimo_jax.lode
+
+
+def test_the_acceptance_plot(engine):
+    pytest.importorskip("matplotlib")
+    outputs = engine.generate(["abx", "byz", "c"], max_tokens=30, ignore_eos=True)
+    total = np.sum([o.stats.acceptance_histogram for o in outputs], axis=0)[1:]
+    for shown in (outputs, [o.stats for o in outputs]):
+        bars = plots.acceptance_histogram(shown).axes[0].patches
+        np.testing.assert_allclose([bar.get_height() for bar in bars], total / total.sum())
+    plots.acceptance_histogram(outputs[0])
+    with pytest.raises(MimoError, match="no round to plot"):
+        plots.acceptance_histogram([])
