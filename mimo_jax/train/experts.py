@@ -1,0 +1,115 @@
+"""The mixture of experts over many tokens: sorted into fixed places by expert, for training.
+
+Decoding reads each active expert once for a few tokens; training has thousands of tokens for each,
+so they are gathered into [experts, capacity] places and multiplied in one batched product. A choice
+that finds its expert full is left out, and counted.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from mimo_jax.model.moe import MoE
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a layer's router did to a batch."""
+
+    chosen: Int32[Array, "e"]
+    """Choices of each expert."""
+    dropped: Float[Array, ""]
+    """Share of the choices that found no place."""
+
+
+def capacity(tokens: int, experts: int, choices: int, factor: float) -> int:
+    """Places for each expert: `factor` times the mean load, in eights, at most one for each token.
+
+    With an infinite factor every choice finds a place.
+    """
+    if math.isinf(factor):
+        return tokens
+    return min(tokens, 8 * math.ceil(tokens * choices * factor / experts / 8))
+
+
+def grouped_moe(
+    ffn: MoE, x: Float[Array, "b t d"], factor: float
+) -> tuple[Float[Array, "b t d"], Load]:
+    """The MoE's output and the load; differentiable in x, the experts and the routing weights."""
+    rows = x.reshape(-1, x.shape[-1])
+    weights = ffn.experts.weights
+    experts = weights.gate_up.shape[0]
+    ids, routing = ffn.router(rows)
+    places = capacity(len(rows), experts, ids.shape[1], factor)
+    token_of, choice_of, place_of, chosen = _assign(ids, experts, places)
+    grouped = _spread(rows, token_of, place_of).reshape(experts, places, -1)
+    gate, up = (jnp.einsum("ecd,efd->ecf", grouped, weights.gate_up[:, part]) for part in (0, 1))
+    outputs = jnp.einsum("ecf,edf->ecd", jax.nn.silu(gate) * up, weights.down)
+    collected = _collect(outputs.reshape(experts * places, -1), place_of, choice_of)
+    mixed = jnp.einsum("tcd,tc->td", collected, routing.astype(x.dtype))
+    dropped = (place_of >= experts * places).mean(dtype=jnp.float32)
+    return mixed.reshape(x.shape), Load(chosen, dropped)
+
+
+def _assign(ids, experts: int, places: int):
+    """Gives choices their places, expert by expert, earlier tokens first.
+
+    Returns token_of [e * places] and choice_of [e * places] (their counts where a place is empty),
+    place_of [t, c] (e * places where a choice was dropped), and each expert's choices [e].
+    """
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    chosen = jnp.zeros(experts, jnp.int32).at[flat].add(1)
+    first = jnp.cumsum(chosen) - chosen
+    ranks = jnp.arange(flat.size, dtype=jnp.int32) - first[flat[order]]
+    place = jnp.where(ranks < places, flat[order] * places + ranks, experts * places)
+    empty = jnp.full(experts * places, flat.size, jnp.int32)
+    choice_of = empty.at[place].set(order, mode="drop")
+    place_of = jnp.zeros(flat.size, jnp.int32).at[order].set(place, unique_indices=True)
+    token_of = choice_of // ids.shape[1]
+    return token_of, choice_of, place_of.reshape(ids.shape), chosen
+
+
+def _pad(x):
+    """Appends a row of zeros, which out-of-range places read."""
+    return jnp.concatenate([x, jnp.zeros_like(x[:1])])
+
+
+@jax.custom_vjp
+def _spread(x, token_of, place_of):
+    """Rows of tokens in their places. Both directions are gathers: scatters would need atomics."""
+    return _pad(x)[token_of]
+
+
+def _spread_forward(x, token_of, place_of):
+    return _spread(x, token_of, place_of), (token_of, place_of)
+
+
+def _spread_backward(saved, gradient):
+    token_of, place_of = saved
+    return _pad(gradient)[place_of].sum(axis=1), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _collect(outputs, place_of, choice_of):
+    """Each token's choices [t, c, d] out of their places; zeros where a choice was dropped."""
+    return _pad(outputs)[place_of]
+
+
+def _collect_forward(outputs, place_of, choice_of):
+    return _collect(outputs, place_of, choice_of), (place_of, choice_of)
+
+
+def _collect_backward(saved, gradient):
+    place_of, choice_of = saved
+    return _pad(gradient.reshape(place_of.size, -1))[choice_of], None, None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
