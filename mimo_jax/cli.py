@@ -7,12 +7,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import mimo_jax
+from mimo_jax.commands.model import add_model_arguments, load_model
 from mimo_jax.errors import MimoError
 
-DEFAULT_MODEL = Path("checkpoints/mimo-nano")
+COMMANDS: dict[str, tuple[str, str]] = {}
+"""Commands by name: a module with `add_arguments(parser)` and `main(options) -> exit code`, and a
+line of help. A module is imported when its command is asked for, and brings in no JAX before main.
+"""
 
 BENCHES = {"generate": "mimo_jax.bench.generate", "kernels": "mimo_jax.bench.kernels"}
 """Benchmarks by name: modules with `add_arguments(parser)` and `main(arguments) -> exit code`."""
@@ -58,6 +61,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mimo {mimo_jax.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
+    for name in COMMANDS:
+        _add_command(commands, name, arguments[:1] == [name])
     if arguments[:1] == ["bench"]:
         _add_bench(commands)
     else:
@@ -97,25 +102,18 @@ def _add_generate(commands) -> None:
     parser.set_defaults(command=generate, usage_error=parser.error)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of all commands that load a model."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help=f"a checkpoint's directory (default {DEFAULT_MODEL})",
+def _add_command(commands, name: str, asked: bool) -> None:
+    """Declares a command of the table; its module and its options only when it is asked for."""
+    module_name, help_line = COMMANDS[name]
+    if not asked:
+        commands.add_parser(name, help=help_line)
+        return
+    module = importlib.import_module(module_name)
+    parser = commands.add_parser(
+        name, help=help_line, description=module.__doc__.splitlines()[0], allow_abbrev=False
     )
-    group.add_argument(
-        "--devices", type=int, metavar="N", help="divide over N devices (default all)"
-    )
-    group.add_argument(
-        "--experts",
-        choices=("auto", "packed", "dequantized"),
-        default="auto",
-        help="MXFP4 in memory, or decoded once; auto (default) decodes on CPUs",
-    )
-    group.add_argument("--max-len", type=int, metavar="N", help="tokens that the cache holds")
+    module.add_arguments(parser)
+    parser.set_defaults(command=module.main, usage_error=parser.error)
 
 
 def _add_bench(commands) -> None:
@@ -126,19 +124,6 @@ def _add_bench(commands) -> None:
         bench = benches.add_parser(name, help=module.__doc__.splitlines()[0], allow_abbrev=False)
         module.add_arguments(bench)
         bench.set_defaults(command=module.main)
-
-
-def load_model(options: argparse.Namespace) -> "mimo_jax.Engine":
-    """Loads the model that the options of `add_model_arguments` name."""
-    path = options.model or DEFAULT_MODEL
-    if options.model is None and not path.is_dir():
-        raise MimoError(
-            f"{path} is not in this directory: run mimo in the repository's root, or name a "
-            "checkpoint with --model DIR."
-        )
-    return mimo_jax.load(
-        path, devices=options.devices, max_len=options.max_len, experts=options.experts
-    )
 
 
 def use_virtual_devices(count: int | None) -> None:

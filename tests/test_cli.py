@@ -147,6 +147,17 @@ def test_help_and_version_need_no_jax():
     assert (done.returncode, done.stdout) == (0, f"mimo {mimo_jax.__version__}\n")
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_commands_of_the_table_start_without_jax(name):
+    """Their options are declared, explained, and cost no import of JAX."""
+    script = (
+        f"import sys; from mimo_jax.cli import main\ntry: main([{name!r}, '--help'])\nfinally: "
+    )
+    script += "assert not {'jax', 'flax'} & set(sys.modules)"
+    done = command("-c", script)
+    assert done.returncode == 0 and f"usage: mimo {name}" in done.stdout, done.stderr
+
+
 def test_virtual_devices_without_a_flag_of_the_users(checkpoint, expected):  # noqa: F811
     """A fresh process divides the model over two devices of a CPU; no warning, no log line."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

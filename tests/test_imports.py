@@ -26,7 +26,7 @@ LAYERS = (
     ("mimo_jax.plan",),
     ("mimo_jax.engine", "mimo_jax.train"),
     ("mimo_jax",),
-    ("mimo_jax.bench", "mimo_jax.server"),
+    ("mimo_jax.bench", "mimo_jax.commands", "mimo_jax.server"),
     ("mimo_jax.cli",),
     ("mimo_jax.__main__",),
 )

@@ -1,0 +1,51 @@
+"""What commands that load a model share: their options, and the loading itself."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mimo_jax
+from mimo_jax.errors import MimoError
+
+if TYPE_CHECKING:
+    from mimo_jax.engine import Engine
+
+DEFAULT_MODEL = Path("checkpoints/mimo-nano")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of all commands that load a model."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help=f"a checkpoint's directory (default {DEFAULT_MODEL})",
+    )
+    group.add_argument(
+        "--devices", type=int, metavar="N", help="divide over N devices (default all)"
+    )
+    group.add_argument(
+        "--experts",
+        choices=("auto", "packed", "dequantized"),
+        default="auto",
+        help="MXFP4 in memory, or decoded once; auto (default) decodes on CPUs",
+    )
+    group.add_argument("--max-len", type=int, metavar="N", help="tokens that the cache holds")
+
+
+def load_model(options: argparse.Namespace) -> "Engine":
+    """Loads the model that the options of `add_model_arguments` name.
+
+    Raises:
+      MimoError: if there is none, or as `mimo_jax.load` does.
+    """
+    path = options.model or DEFAULT_MODEL
+    if options.model is None and not path.is_dir():
+        raise MimoError(
+            f"{path} is not in this directory: run mimo in the repository's root, or name a "
+            "checkpoint with --model DIR."
+        )
+    return mimo_jax.load(
+        path, devices=options.devices, max_len=options.max_len, experts=options.experts
+    )
