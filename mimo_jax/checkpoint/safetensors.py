@@ -9,7 +9,8 @@ import dataclasses
 import math
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
+from os.path import isfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -122,6 +123,7 @@ class TensorFiles:
             tensors, size = read_header(_single(directory, present))
             return cls(directory, tensors, {}, (), {present[0]: size})
         weight_map, metadata = _read_index(directory / INDEX)
+        _check_present(directory, weight_map)
         tensors: dict[str, StoredTensor] = {}
         sizes = {}
         for file in dict.fromkeys(weight_map.values()):
@@ -167,7 +169,7 @@ class TensorFiles:
         )
         return data.reshape(shape)
 
-    def release(self, names: Iterator[str] | list[str]) -> None:
+    def release(self, names: Iterable[str]) -> None:
         """Tells the system that these tensors' pages may leave memory.
 
         Views stay good: a page that is touched again comes from the file again. Without this a
@@ -244,10 +246,7 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > size - 8:
-                raise _broken(
-                    path,
-                    f"it has {size} bytes, too few for its header of {length} after the first 8",
-                )
+                raise _broken(path, f"its {size} bytes are too few for 8 and a header of {length}")
             if length > MAX_HEADER:
                 raise _broken(path, f"its header of {length} bytes exceeds {MAX_HEADER}")
             text = file.read(length)
@@ -333,6 +332,18 @@ def _is_inside(file: str) -> bool:
     steps = {*posix.parts, *windows.parts}
     absolute = posix.is_absolute() or windows.drive or windows.root
     return file.endswith(SUFFIX) and not absolute and ".." not in steps and file.isprintable()
+
+
+def _check_present(directory: Path, weight_map: dict[str, str]) -> None:
+    """Raises a MimoError if a file is missing; a download that was cut short often lacks some."""
+    missing = [f for f in dict.fromkeys(weight_map.values()) if not isfile(directory / f)]
+    if missing:
+        name = next(name for name, file in weight_map.items() if file == missing[0])
+        others = f" and {len(missing) - 1} other files" if missing[1:] else ""
+        raise MimoError(
+            f"{directory / missing[0]}{others}, which {INDEX} names for {shown(name)}, is missing "
+            "or is not a file: fetch the whole checkpoint."
+        )
 
 
 def _check_listed(
