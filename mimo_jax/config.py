@@ -14,7 +14,7 @@ _NOT_ARCHITECTURE = frozenset(
     # What a config.json also holds: provenance, serving, training, other modalities.
     "_name_or_path architectures attention_chunk_size attention_dropout audio_config auto_map "
     "bos_token_id dflash_config dtype eos_token_id initializer_range model_type name "
-    "num_nextn_predict_layers pad_token_id processor_config quantization_config "
+    "pad_token_id processor_config quantization_config "
     "tokenizer_class torch_dtype transformers_version use_cache vision_config "
     "audio_end_token_id audio_start_token_id audio_token_id image_token_id video_end_token_id "
     "video_start_token_id video_token_id vision_end_token_id vision_start_token_id "
@@ -24,7 +24,6 @@ _FIXED = {
     # Fields whose other values would be another architecture.
     "attention_bias": (False,),
     "hidden_act": ("silu",),
-    "moe_router_dtype": (None, "float32", "bfloat16"),
     "n_group": (1, None),
     "n_shared_experts": (None, 0),
     "scoring_func": ("sigmoid",),
@@ -41,6 +40,8 @@ class ModelConfig:
 
     `window_includes_self` is ours: a sliding layer's query sees `sliding_window` keys, itself among
     them. Xiaomi's own code does this; transformers 5.23 shows one more key (set it to False).
+    `num_nextn_predict_layers` counts the MTP layers; most of Xiaomi's files leave it out although
+    three are shipped, so that whoever opens one counts them and sets it.
     """
 
     vocab_size: int
@@ -73,6 +74,8 @@ class ModelConfig:
     window_includes_self: bool = True
     expert_format: str = "mxfp4"
     eos_token_ids: tuple[int, ...] = ()
+    moe_router_dtype: str = "float32"
+    num_nextn_predict_layers: int = 0
 
     def __post_init__(self):
         layers = self.num_hidden_layers
@@ -98,8 +101,14 @@ class ModelConfig:
             chosen, experts = self.num_experts_per_tok, self.n_routed_experts
             fits = 0 < chosen <= experts
             _require(fits, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
-        formats = ("mxfp4", "dense")
-        _require(self.expert_format in formats, "expert_format", self.expert_format, str(formats))
+        for name, allowed in (
+            ("expert_format", ("mxfp4", "dense")),
+            ("moe_router_dtype", ("float32", "bfloat16")),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, name, value, f"one of {allowed}")
+        mtp = self.num_nextn_predict_layers
+        _require(mtp >= 0, "num_nextn_predict_layers", mtp, "0 or more")
 
     @property
     def window(self) -> int:
@@ -108,7 +117,11 @@ class ModelConfig:
 
     def attention(self, layer: int) -> "AttentionConfig":
         """Shapes of one layer's attention."""
-        full = self.hybrid_layer_pattern[layer] == FULL
+        return self.attention_of(self.hybrid_layer_pattern[layer])
+
+    def attention_of(self, kind: int) -> "AttentionConfig":
+        """Shapes of `FULL` or `SLIDING` attention; the MTP layers' is sliding."""
+        full = kind == FULL
         head = self.head_dim if full else self.swa_head_dim
         return AttentionConfig(
             hidden_size=self.hidden_size,
@@ -373,6 +386,8 @@ def _apply_defaults(fields: dict[str, Any]) -> None:
         "sliding_window": window,
         "routed_scaling_factor": 1.0,
         "norm_topk_prob": True,
+        "moe_router_dtype": "float32",
+        "num_nextn_predict_layers": 0,
     }
     for name, value in defaults.items():
         if fields.get(name) is None:

@@ -38,6 +38,7 @@ _V2_FLASH = ModelConfig(
     attention_value_scale=0.707,
     expert_format="dense",
     eos_token_ids=(151645, 151643),
+    num_nextn_predict_layers=3,
 )
 _V25 = dataclasses.replace(_V2_FLASH, rope_theta=1e7, max_position_embeddings=1048576)
 _V25_PRO = dataclasses.replace(
@@ -80,8 +81,12 @@ _MODELS = {
     "mimo-v2-flash": _V2_FLASH,
     "mimo-v2.5": _V25,
     "mimo-v2.5-pro": _V25_PRO,
-    "mimo-v2.6-flash": dataclasses.replace(_V25, layernorm_epsilon=1e-6, expert_format="mxfp4"),
-    "mimo-v2.6-pro": dataclasses.replace(_V25_PRO, expert_format="mxfp4"),
+    "mimo-v2.6-flash": dataclasses.replace(
+        _V25, layernorm_epsilon=1e-6, expert_format="mxfp4", moe_router_dtype="bfloat16"
+    ),
+    "mimo-v2.6-pro": dataclasses.replace(
+        _V25_PRO, expert_format="mxfp4", moe_router_dtype="bfloat16"
+    ),
 }
 
 _FLASH_DRAFTER = DrafterConfig(

@@ -106,7 +106,8 @@ NAMES = ["mimo-v2-flash", "mimo-v2.5", "mimo-v2.5-pro", "mimo-v2.6-flash", "mimo
 def test_presets_are_the_released_files(name):
     config, known = ModelConfig.from_dict(released(name)), preset(name)
     for field in known.to_dict():
-        if field != "eos_token_ids":  # Some releases keep them in generation_config.json alone.
+        # Some releases keep the first in generation_config.json alone, and leave the second out.
+        if field not in ("eos_token_ids", "num_nextn_predict_layers"):
             assert getattr(config, field) == getattr(known, field), field
     assert config.attention(0).window is None
     assert config.attention(1).window == 128

@@ -354,8 +354,8 @@ def _check_entries(
                 "Use the configuration that they were trained with, and shapes as on one device."
             )
         allowed = DTYPES[:2] if variable.dtype != np.uint8 else ("uint8",)
-        # A router in bfloat16 would choose other experts.
-        allowed = ("float32",) if ".router." in name else allowed
+        # A router rounded to another dtype would choose other experts.
+        allowed = (variable.dtype.name,) if ".router." in name else allowed
         if entry.dtype not in allowed:
             raise MimoError(f"{name} has dtype {entry.dtype}; allowed are {', '.join(allowed)}.")
 

@@ -16,13 +16,17 @@ from pallas_kernels.mxfp4 import BLOCK
 class Router(nnx.Module):
     """Chooses experts by sigmoid score plus a correction bias, and weighs them by score alone.
 
+    The weight has the configuration's `moe_router_dtype`; logits are float32.
+
     The bias only balances the load ("noaux_tc", DeepSeek-V3, arXiv 2412.19437, section 2.1.2). It
     stays float32: in bfloat16 it would change one choice in six.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         experts, d = config.n_routed_experts, config.hidden_size
-        self.weight = param(rngs, (experts, d), (None, None), jnp.float32, normal(INIT_SCALE))
+        # Held as stored: upcasting bfloat16 in the product is exact.
+        dtype = jnp.dtype(config.moe_router_dtype)
+        self.weight = param(rngs, (experts, d), (None, None), dtype, normal(INIT_SCALE))
         self.bias = param(rngs, (experts,), (None,), jnp.float32, constant(0.0))
         self.choices = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob
