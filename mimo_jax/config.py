@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.errors import MimoError
+from mimo_jax.fields import check_fields, shown
 
 FULL, SLIDING = 0, 1
 """Kinds of attention in `hybrid_layer_pattern`."""
@@ -143,7 +144,8 @@ class ModelConfig:
         Raises:
           MimoError: for an architecture field that is unknown or has a value that is not supported.
         """
-        fields = _flatten_rope(dict(fields))
+        fields = _flatten_rope(check_fields(cls, fields, _READ_AS_WELL))
+        fields = check_fields(cls, fields, _READ_AS_WELL)
         eos = fields.get("eos_token_id")
         quantization = fields.get("quantization_config") or {}
         stored_fp4 = quantization.get("store_dtype") == "mxfp4"
@@ -157,8 +159,8 @@ class ModelConfig:
         for name in sorted(fields.keys() - names - _NOT_ARCHITECTURE):
             if name not in _FIXED:
                 raise MimoError(
-                    f"config field {name}={fields[name]!r} is not known to mimo_jax. If it changes "
-                    "the model, this version cannot run it; if it does not, delete it from "
+                    f"config field {name}={shown(fields[name])} is not known to mimo_jax. If it "
+                    "changes the model, this version cannot run it; if it does not, delete it from "
                     "config.json."
                 )
             _require(fields[name] in _FIXED[name], name, fields[name], f"one of {_FIXED[name]}")
@@ -252,8 +254,9 @@ class DrafterConfig:
         Raises:
           MimoError: for a field that is missing, unknown or not supported.
         """
-        fields = _flatten_rope(dict(fields))
-        fields |= fields.pop("dflash_config", None) or {}
+        fields = check_fields(cls, fields, _READ_AS_WELL)
+        fields = _flatten_rope(fields | fields.pop("dflash_config", {}))
+        fields = check_fields(cls, fields, _READ_AS_WELL)
         fields.setdefault("sliding_window", fields.pop("swa_window_size", None))
         if fields.pop("attention_sink_bias", False):
             fields["add_swa_attention_sink_bias"] = True
@@ -271,7 +274,7 @@ class DrafterConfig:
         _require(v_head == fields.get("head_dim"), "v_head_dim", v_head, "equal to head_dim")
         for name in sorted(fields.keys() - names - _NOT_ARCHITECTURE):
             raise MimoError(
-                f"drafter config field {name}={fields[name]!r} is not known to mimo_jax."
+                f"drafter config field {name}={shown(fields[name])} is not known to mimo_jax."
             )
         return _build(cls, {name: fields[name] for name in names & fields.keys()})
 
@@ -295,6 +298,22 @@ _DRAFTER_FIXED = {
     "tie_word_embeddings": None,
     "use_sliding_window": (True,),
     "use_swa": (True,),
+}
+
+
+_READ_AS_WELL = {
+    # Fields that are none of ours, but that ours are made from.
+    "dflash_config": dict,
+    "eos_token_id": int | tuple[int, ...],
+    "hybrid_block_size": int,
+    "layer_types": tuple[str, ...],
+    "moe_layer_freq": int | tuple[int, ...],
+    "quantization_config": dict,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "sliding_window_size": int,
+    "swa_num_attention_heads": int,
+    "swa_window_size": int,
 }
 
 
@@ -350,7 +369,7 @@ def _no_constant(name: str) -> None:
 
 def _require(fits: bool, name: str, value: Any, allowed: str) -> None:
     if not fits:
-        raise MimoError(f"{name}={value!r} is not allowed: it must be {allowed}.")
+        raise MimoError(f"{name}={shown(value)} is not allowed: it must be {allowed}.")
 
 
 def _flatten_rope(fields: dict[str, Any]) -> dict[str, Any]:
@@ -409,6 +428,7 @@ def _build(cls, values: dict[str, Any]):
         # JSON writers drop the point of a whole number: rope_theta is 5000000 in Xiaomi's files.
         if field.type in (float, float | None) and type(values.get(field.name)) is int:
             values[field.name] = float(values[field.name])
+    values = check_fields(cls, values)
     missing = sorted(required - values.keys())
     if missing:
         raise MimoError(f"config.json lacks {', '.join(missing)}, which {cls.__name__} needs.")

@@ -18,6 +18,7 @@ PUBLIC_NAMES = 25
 
 LAYERS = (
     ("pallas_kernels", "mimo_jax.errors"),
+    ("mimo_jax.fields",),
     ("mimo_jax.config", "mimo_jax.quant", "mimo_jax.text", "mimo_jax.plots"),
     ("mimo_jax.presets", "mimo_jax.sharding"),
     ("mimo_jax.cache",),
