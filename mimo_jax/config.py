@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,11 @@ class AttentionConfig:
     window: int | None
     value_scale: float
     sink: bool
+
+    @property
+    def scale_unit(self) -> int:
+        """Rows of an FP8 fused projection that share scales: of one head and of one tile of 128."""
+        return math.gcd(128, self.head_dim, self.v_head_dim)
 
 
 @dataclasses.dataclass(frozen=True)

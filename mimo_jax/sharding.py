@@ -31,6 +31,9 @@ TENSOR_PARALLEL = {
 EXPERT_PARALLEL = TENSOR_PARALLEL | {"experts": AXIS, "expert_mlp": None}
 """Whole experts on each device: larger reads, as slow as the device with most chosen experts."""
 
+FP8_TILE = 128
+"""Rows and columns of an FP8 weight that share a scale."""
+
 RULES = {"tensor": TENSOR_PARALLEL, "expert": EXPERT_PARALLEL}
 
 Leaf = Any
@@ -133,11 +136,17 @@ def check_divisible(state: nnx.State, mesh: Mesh, rules: dict[str, str | None]) 
         axes = variable.get_metadata("logical_axes")
         for size, axis in zip(variable.shape, axes, strict=True):
             over = rules[axis] if axis else None
-            if over is not None and size % mesh.shape[over]:
-                fits = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
+            if over is None:
+                continue
+            # Scales belong to whole tiles, which must not lie on two devices.
+            tile = FP8_TILE if axis == "mlp" and variable.dtype == jnp.float8_e4m3fn else 1
+            fits = [n for n in range(1, size + 1) if n == 1 or size % (n * tile) == 0]
+            if mesh.shape[over] not in fits:
+                whole = f" into whole FP8 tiles of {tile}" if tile > 1 else ""
                 raise MimoError(
                     f"{'.'.join(map(str, path))} {variable.shape} has {size} {axis!r}, which "
-                    f"{mesh.shape[over]} devices cannot divide; numbers that can: {fits}."
+                    f"{mesh.shape[over]} devices cannot divide{whole}; numbers that can: "
+                    f"{[n for n in fits if n <= 64]}."
                 )
 
 

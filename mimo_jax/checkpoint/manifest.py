@@ -17,7 +17,10 @@ FORMAT = 1
 """Version of the checkpoint's layout; a reader refuses those that it does not know."""
 
 NAME = "manifest.json"
-DTYPES = ("float32", "bfloat16", "uint8")
+FLOATS = ("float32", "bfloat16")
+_ML_DTYPES = {t.name: t for t in map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn))}
+CODES = (np.dtype(np.uint8), _ML_DTYPES["float8_e4m3fn"])
+"""MXFP4 codes and scales; FP8 codes."""
 AGAIN = "Fetch the checkpoint again, or write it again with mimo_jax.checkpoint.store.save."
 
 
@@ -136,8 +139,8 @@ class Manifest:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype of that name, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    """The numpy dtype of that name, those of ml_dtypes included."""
+    return _ML_DTYPES.get(name) or np.dtype(name)
 
 
 def hash_bytes(data: Any) -> str:

@@ -31,19 +31,20 @@ from jax.sharding import NamedSharding
 from mimo_jax.checkpoint.flat import flatten, nest
 from mimo_jax.checkpoint.manifest import (
     AGAIN,
-    DTYPES,
+    CODES,
+    FLOATS,
     NAME,
     ArrayEntry,
     Manifest,
     hash_bytes,
     write_atomically,
 )
-from mimo_jax.config import DrafterConfig, ModelConfig, read_json
+from mimo_jax.config import SLIDING, AttentionConfig, DrafterConfig, ModelConfig, read_json
 from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import regroup
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
-from mimo_jax.quant import mxfp4
+from mimo_jax.quant import fp8, mxfp4
 from pallas_kernels.mxfp4 import decode
 
 CONFIG, DRAFTER, TOKENIZER, PARAMS = "config.json", "drafter.json", "tokenizer.json", "params"
@@ -79,6 +80,11 @@ class Checkpoint:
     def packed(self) -> bool:
         """Whether the experts are stored as MXFP4."""
         return any(name.endswith(f".experts.gate_up{SCALE}") for name in self.manifest.arrays)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the target's attention projections and dense MLPs are stored as FP8."""
+        return any(name.endswith(f".qkv{SCALE}") for name in self.manifest.arrays)
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +182,7 @@ def load(
 
     At most `BATCH_BYTES` (or one array, if it is larger) are in host memory at a time. What the
     abstract parameters ask for is made on the way: other float dtypes, repeated key/value heads for
-    more devices than heads, dense experts out of MXFP4.
+    more devices than heads, plain weights out of MXFP4 and FP8.
 
     Args:
       checkpoint: from `open_checkpoint`.
@@ -199,7 +205,7 @@ def load(
             nnx.to_flat_state(state), nnx.to_flat_state(placed), strict=True
         )
     }
-    # Scales of experts that become dense are read, but have no place of their own.
+    # Scales of weights that are decoded here are read, but have no place of their own.
     dense = {name + SCALE for name in wanted if name + SCALE in checkpoint.manifest.arrays}
     names = [n for n in checkpoint.manifest.arrays if n in wanted or n in dense]
     total = sum(checkpoint.manifest.arrays[name].nbytes for name in names)
@@ -230,15 +236,15 @@ def load(
 def _convert(name: str, arrays, variable, checkpoint: Checkpoint) -> jax.Array | np.ndarray:
     """The stored array as the abstract parameter wants it."""
     value = arrays[name]
-    if name + SCALE in arrays and variable.dtype != np.uint8:
-        value = np.asarray(_decode(value, arrays[name + SCALE], dtype=variable.dtype))
+    if name + SCALE in arrays and variable.dtype != value.dtype:
+        value = _decode(name, value, arrays[name + SCALE], variable.dtype, checkpoint)
     if value.shape != variable.shape:
         value = _regroup(name, value, variable.shape[0], checkpoint)
-    if value.shape != variable.shape or (value.dtype == np.uint8) != (variable.dtype == np.uint8):
+    if value.shape != variable.shape or (value.dtype in CODES) != (variable.dtype in CODES):
         raise MimoError(
             f"{name} is stored as {value.dtype}{list(value.shape)}, which cannot become "
-            f"{variable.dtype}{list(variable.shape)}: experts stored dense load with "
-            'experts="dequantized", not "packed".'
+            f"{variable.dtype}{list(variable.shape)}: what is stored dense loads with "
+            'experts="dequantized", not "packed", and linear="decoded", not "fp8".'
         )
     return value.astype(variable.dtype)
 
@@ -246,15 +252,33 @@ def _convert(name: str, arrays, variable, checkpoint: Checkpoint) -> jax.Array |
 def _regroup(name: str, value: np.ndarray, groups: int, checkpoint: Checkpoint) -> np.ndarray:
     """Repeats key/value heads for a mesh of more devices than there are heads."""
     part, *path, leaf = name.split(".")
-    if leaf == "qkv":
-        shapes = checkpoint.config.attention(int(path[1]))
-        return np.asarray(regroup(jnp.asarray(value), groups, shapes.head_dim, shapes.v_head_dim))
+    if leaf in ("qkv", "qkv_scale"):
+        shapes = _attention(name, checkpoint)
+        unit = 1 if leaf == "qkv" else shapes.scale_unit
+        sizes = (shapes.head_dim // unit, shapes.v_head_dim // unit)
+        return np.asarray(regroup(jnp.asarray(value), groups, *sizes))
     if part == "drafter" and leaf == "kv":
         return np.repeat(value, groups // value.shape[0], axis=0)
     return value
 
 
-_decode = jax.jit(decode, static_argnames="dtype")
+def _attention(name: str, checkpoint: Checkpoint) -> AttentionConfig:
+    """Shapes of the attention that a parameter belongs to: the target's, or an MTP layer's."""
+    part, _, layer, *_ = name.split(".")
+    config = checkpoint.config
+    return config.attention(int(layer)) if part == "target" else config.attention_of(SLIDING)
+
+
+def _decode(name: str, codes, scales, dtype, checkpoint: Checkpoint) -> np.ndarray:
+    """Values of MXFP4 or FP8 weights."""
+    if codes.dtype == np.uint8:
+        return np.asarray(_decode_mxfp4(codes, scales, dtype=dtype))
+    fused = name.endswith(".qkv")
+    unit = _attention(name, checkpoint).scale_unit if fused else fp8.TILE
+    return fp8.decode_on_host(codes, scales, unit, dtype)
+
+
+_decode_mxfp4 = jax.jit(decode, static_argnames="dtype")
 
 
 def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
@@ -306,7 +330,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _batches(names: list[str], manifest: Manifest) -> Iterator[list[str]]:
-    """Names in groups of at most BATCH_BYTES, MXFP4 codes together with their scales."""
+    """Names in groups of at most BATCH_BYTES, codes together with their scales."""
     batch, size = [], 0
     known = set(names)
     for name in names:
@@ -324,7 +348,8 @@ def _batches(names: list[str], manifest: Manifest) -> Iterator[list[str]]:
 
 
 def _check_scales(name: str, arrays: dict[str, np.ndarray]) -> None:
-    error = mxfp4.validate(arrays[name], arrays[name + SCALE], name)
+    validate = mxfp4.validate if arrays[name].dtype == np.uint8 else fp8.validate
+    error = validate(arrays[name], arrays[name + SCALE], name)
     if error is not None:
         raise error
 
@@ -334,8 +359,10 @@ def _check_entries(
 ) -> None:
     """Raises a MimoError unless the arrays are those of the configuration, on one device."""
     packed = any(name.endswith(f".experts.gate_up{SCALE}") for name in entries)
+    quantized = any(name.endswith(f".qkv{SCALE}") for name in entries)
     expected = {
-        f"target.{name}": v for name, v in _abstract(lambda r: MiMo(config, r, packed=packed))
+        f"target.{name}": v
+        for name, v in _abstract(lambda r: MiMo(config, r, packed=packed, fp8=quantized))
     }
     if drafter is not None:
         expected |= {f"drafter.{name}": v for name, v in _abstract(lambda r: Drafter(drafter, r))}
@@ -353,9 +380,9 @@ def _check_entries(
                 f"{name} has shape {entry.shape}; the configuration needs {variable.shape}. "
                 "Use the configuration that they were trained with, and shapes as on one device."
             )
-        allowed = DTYPES[:2] if variable.dtype != np.uint8 else ("uint8",)
         # A router rounded to another dtype would choose other experts.
-        allowed = (variable.dtype.name,) if ".router." in name else allowed
+        exact = ".router." in name or name.endswith(SCALE) or variable.dtype in CODES
+        allowed = (variable.dtype.name,) if exact else FLOATS
         if entry.dtype not in allowed:
             raise MimoError(f"{name} has dtype {entry.dtype}; allowed are {', '.join(allowed)}.")
 

@@ -19,7 +19,6 @@ What is peculiar to Xiaomi's files:
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -357,11 +356,6 @@ def _tiles(size: int, tile: int = TILE) -> int:
     return -(-size // tile)
 
 
-def scale_rows(config: AttentionConfig) -> int:
-    """Rows of `attention.qkv` that share a row of scales: the finest that heads and tiles need."""
-    return math.gcd(TILE, config.head_dim, config.v_head_dim)
-
-
 def _walk(config, drafter, layout, shards) -> "_Table":
     if isinstance(layout, str):
         if layout not in LAYOUTS:
@@ -468,7 +462,7 @@ class _Table:
         self.parameters[ours] = Recipe(dtype, (count, _rows(runs[0]), d), runs, 1)
         if dtype != FP8:
             return
-        ours, columns, unit = f"{ours}_scale", _tiles(d), scale_rows(stored.config)
+        ours, columns, unit = f"{ours}_scale", _tiles(d), stored.config.scale_unit
         for name, rows in stored.scales.items():
             self.tensors[f"{name}.weight_scale_inv"] = Declared("F32", (rows, columns), ours)
         runs = tuple(_join(_repeats(stored.scale_places(group, unit))) for group in groups)

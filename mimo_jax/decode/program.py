@@ -107,6 +107,7 @@ def make_plan(
     *,
     layout: str = "tensor",
     packed: bool | None = None,
+    fp8: bool = False,
     dtype,
 ) -> Plan:
     """Declares a model on a mesh, without allocating anything.
@@ -117,7 +118,8 @@ def make_plan(
       mesh: from `make_mesh`.
       layout: "tensor" cuts every expert, "expert" gives each device whole ones.
       packed: whether experts are MXFP4; by default as the config says.
-      dtype: of the weights that are not packed.
+      fp8: whether the target's attention projections and dense MLPs are FP8.
+      dtype: of the other weights.
 
     Raises:
       MimoError: if the mesh cannot divide the model, or the drafter does not fit the target.
@@ -125,7 +127,7 @@ def make_plan(
     shards = mesh.shape[AXIS]
     check_heads(config, drafter, shards)
     model = nnx.eval_shape(
-        lambda: MiMo(config, nnx.Rngs(0), shards=shards, packed=packed, dtype=dtype)
+        lambda: MiMo(config, nnx.Rngs(0), shards=shards, packed=packed, fp8=fp8, dtype=dtype)
     )
     graph, params = nnx.split(model)
     check_divisible(params, mesh, RULES[layout])

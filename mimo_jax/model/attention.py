@@ -5,7 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from mimo_jax.config import AttentionConfig
-from mimo_jax.model.layers import INIT_SCALE, linear, rope
+from mimo_jax.model.layers import INIT_SCALE, decoded, linear, rope, tile_scales
+from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
 
 MASKED = -1e30
@@ -18,20 +19,29 @@ class Attention(nnx.Module):
     `qkv` is [groups, rows, d]: a group's query heads, then its key head, then its value head.
     There are as many groups as key/value heads, or as devices when these are more; then groups
     repeat a key/value head (see `regroup`).
+
+    If `quantized`, it is FP8, and `qkv_scale` [groups, rows/unit, ceil(d/128)] has a scale for each
+    `config.scale_unit` rows of 128 columns: released checkpoints lay tiles of 128 rows across the
+    borders of heads.
     """
 
-    def __init__(self, config: AttentionConfig, groups: int, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: AttentionConfig, groups: int, dtype, rngs: nnx.Rngs, quantized: bool = False
+    ):
         self.config = config
         d, n = config.hidden_size, config.num_heads
         rows = n // groups * config.head_dim + config.head_dim + config.v_head_dim
         init = normal(INIT_SCALE)
-        self.qkv = param(rngs, (groups, rows, d), ("kv_heads", None, None), dtype, init)
+        axes, shape = ("kv_heads", None, None), (groups, rows // config.scale_unit, fp8.tiles(d))
+        self.qkv = param(rngs, (groups, rows, d), axes, fp8.CODES if quantized else dtype, init)
+        self.qkv_scale = tile_scales(rngs, shape, axes, quantized)
         self.output = param(rngs, (d, n * config.v_head_dim), (None, "heads"), dtype, init)
         self.sink = param(rngs, (n,), ("heads",), dtype, normal(1.0)) if config.sink else None
 
     def project(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
         """Rotated queries [b,t,n,h] and keys [b,t,k,h], and scaled values [b,t,k,v]."""
-        config, weight = self.config, self.qkv[...]
+        config = self.config
+        weight = decoded(self.qkv, self.qkv_scale, x.dtype, config.scale_unit)
         groups, rows, _ = weight.shape
         fused = linear(x, weight.reshape(groups * rows, -1)).reshape(*x.shape[:2], groups, rows)
         split = rows - config.head_dim - config.v_head_dim

@@ -6,6 +6,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32, Shaped
 
+from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, constant, normal, param
 
 INIT_SCALE = 0.02
@@ -47,6 +48,18 @@ def embed(table: Shaped[Array, "w d"], tokens: Int32[Array, "b t"], parallel: Pa
     return parallel.sum(jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype)))
 
 
+def decoded(
+    weight: nnx.Param, scale: nnx.Param | None, dtype, unit: int = fp8.TILE
+) -> Float[Array, "*lead r c"]:
+    """A weight's values: decoded to dtype if it is FP8 and so has scales, one for `unit` rows."""
+    return weight[...] if scale is None else fp8.decode(weight[...], scale[...], unit, dtype)
+
+
+def tile_scales(rngs: nnx.Rngs, shape, axes, quantized: bool) -> nnx.Param | None:
+    """Declares the scales of an FP8 weight, if it is one."""
+    return param(rngs, shape, axes, jnp.float32, constant(1.0)) if quantized else None
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm; the weight multiplies as it is (not 1 + weight)."""
 
@@ -60,14 +73,29 @@ class RMSNorm(nnx.Module):
 
 
 class DenseMLP(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x). Its width is divided over the devices."""
+    """SwiGLU: down(silu(gate x) * up x). Its width is divided over the devices.
 
-    def __init__(self, d: int, f: int, dtype, rngs: nnx.Rngs):
-        init = normal(INIT_SCALE)
-        self.gate_up = param(rngs, (2, f, d), (None, "mlp", None), dtype, init)
-        self.down = param(rngs, (d, f), (None, "mlp"), dtype, init)
+    Args:
+      d: size of input and output.
+      f: width.
+      dtype: of the weights.
+      rngs: streams of random keys for the initial values.
+      quantized: whether the weights are FP8, with scales beside them, a device's part whole tiles.
+    """
+
+    def __init__(self, d: int, f: int, dtype, rngs: nnx.Rngs, quantized: bool = False):
+        init, dtype = normal(INIT_SCALE), fp8.CODES if quantized else dtype
+        tiles_d, tiles_f = fp8.tiles(d), fp8.tiles(f)
+        up_axes, down_axes = (None, "mlp", None), (None, "mlp")
+        self.gate_up = param(rngs, (2, f, d), up_axes, dtype, init)
+        self.gate_up_scale = tile_scales(rngs, (2, tiles_f, tiles_d), up_axes, quantized)
+        self.down = param(rngs, (d, f), down_axes, dtype, init)
+        self.down_scale = tile_scales(rngs, (tiles_d, tiles_f), down_axes, quantized)
 
     def __call__(self, x: Float[Array, "b t d"], parallel: Parallel) -> Float[Array, "b t d"]:
         """Returns the sum over all devices."""
-        gate, up = (linear(x, matrix) for matrix in self.gate_up[...])
-        return parallel.sum(linear(jax.nn.silu(gate) * up, self.down[...]))
+        gate, up = (
+            linear(x, matrix) for matrix in decoded(self.gate_up, self.gate_up_scale, x.dtype)
+        )
+        down = decoded(self.down, self.down_scale, x.dtype)
+        return parallel.sum(linear(jax.nn.silu(gate) * up, down))

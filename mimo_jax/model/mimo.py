@@ -17,17 +17,27 @@ from mimo_jax.sharding import Parallel, normal, param
 class Block(nnx.Module):
     """One pre-norm layer: attention, then a dense MLP or a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, layer: int, shards: int, packed, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        shards: int,
+        packed: bool,
+        fp8: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         d, epsilon = config.hidden_size, config.layernorm_epsilon
         attention = config.attention(layer)
         self.input_norm = RMSNorm(d, epsilon, dtype, rngs)
-        self.attention = Attention(attention, max(shards, attention.num_kv_heads), dtype, rngs)
+        groups = max(shards, attention.num_kv_heads)
+        self.attention = Attention(attention, groups, dtype, rngs, fp8)
         self.post_norm = RMSNorm(d, epsilon, dtype, rngs)
         self.sparse = bool(config.moe_layer_freq[layer])
         if self.sparse:
             self.ffn = MoE(config, packed, dtype, rngs)
         else:
-            self.ffn = DenseMLP(d, config.intermediate_size, dtype, rngs)
+            self.ffn = DenseMLP(d, config.intermediate_size, dtype, rngs, fp8)
 
     def __call__(self, h, positions, live, cache: kv.LayerCache, parallel: Parallel):
         """A block of tokens against the cache; returns the residual stream and the cache."""
@@ -59,7 +69,8 @@ class MiMo(nnx.Module):
       rngs: streams of random keys for the initial values.
       shards: devices that key/value heads must be spread over.
       packed: whether the experts are MXFP4; by default as the config says.
-      dtype: of all weights but the experts' codes and the router.
+      fp8: whether attention's input projections and dense MLPs are FP8.
+      dtype: of all weights but these and the router.
     """
 
     def __init__(
@@ -69,13 +80,14 @@ class MiMo(nnx.Module):
         *,
         shards: int = 1,
         packed: bool | None = None,
+        fp8: bool = False,
         dtype=jnp.bfloat16,
     ):
         packed = config.expert_format == "mxfp4" if packed is None else packed
         w, d = config.vocab_size, config.hidden_size
         self.embedding = param(rngs, (w, d), ("vocab", None), dtype, normal(INIT_SCALE))
         self.layers = nnx.List(
-            Block(config, layer, shards, packed, dtype, rngs)
+            Block(config, layer, shards, packed, fp8, dtype, rngs)
             for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(d, config.layernorm_epsilon, dtype, rngs)
