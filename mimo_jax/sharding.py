@@ -34,6 +34,10 @@ EXPERT_PARALLEL = TENSOR_PARALLEL | {"experts": AXIS, "expert_mlp": None}
 FP8_TILE = 128
 """Rows and columns of an FP8 weight that share a scale."""
 
+TRAINING = dict.fromkeys(TENSOR_PARALLEL) | {"experts": AXIS}
+"""Of training, where the rows of a batch are divided over the same axis: whole experts, with their
+masters and what the optimiser keeps of them, on a device each; all else on every device."""
+
 RULES = {"tensor": TENSOR_PARALLEL, "expert": EXPERT_PARALLEL}
 
 Leaf = Any
