@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from mimo_jax.config import DrafterConfig, ModelConfig
 from mimo_jax.decode.loop import decode
@@ -19,7 +19,9 @@ from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import (
     AXIS,
     RULES,
+    AnyMesh,
     Parallel,
+    ShapesOnly,
     check_divisible,
     check_heads,
     param_specs,
@@ -65,7 +67,7 @@ class Plan:
 
     config: ModelConfig
     drafter: DrafterConfig | None
-    mesh: Mesh
+    mesh: AnyMesh
     layout: str
     graphs: tuple[Any, Any]
     params: tuple[nnx.State, nnx.State | None]
@@ -103,7 +105,7 @@ class Plan:
 def make_plan(
     config: ModelConfig,
     drafter: DrafterConfig | None,
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     layout: str = "tensor",
     packed: bool | None = None,
@@ -115,7 +117,7 @@ def make_plan(
     Args:
       config: of the target.
       drafter: of the drafter, or None.
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`; or an abstract one, to learn sizes from.
       layout: "tensor" cuts every expert, "expert" gives each device whole ones.
       packed: whether experts are MXFP4; by default as the config says.
       fp8: whether the target's attention projections and dense MLPs are FP8.
@@ -127,14 +129,14 @@ def make_plan(
     shards = mesh.shape[AXIS]
     check_heads(config, drafter, shards)
     model = nnx.eval_shape(
-        lambda: MiMo(config, nnx.Rngs(0), shards=shards, packed=packed, fp8=fp8, dtype=dtype)
+        lambda: MiMo(config, ShapesOnly(), shards=shards, packed=packed, fp8=fp8, dtype=dtype)
     )
     graph, params = nnx.split(model)
     check_divisible(params, mesh, RULES[layout])
     draft_graph = draft_params = None
     if drafter is not None:
         drafter.check_target(config)
-        draft = nnx.eval_shape(lambda: Drafter(drafter, nnx.Rngs(0), shards=shards, dtype=dtype))
+        draft = nnx.eval_shape(lambda: Drafter(drafter, ShapesOnly(), shards=shards, dtype=dtype))
         draft_graph, draft_params = nnx.split(draft)
         check_divisible(draft_params, mesh, RULES[layout])
     return Plan(config, drafter, mesh, layout, (graph, draft_graph), (params, draft_params))
