@@ -13,10 +13,15 @@ import numpy as np
 from mimo_jax.config import read_json
 from mimo_jax.errors import MimoError
 
-FORMAT = 1
-"""Version of the checkpoint's layout; a reader refuses those that it does not know."""
+FORMATS = (1, 2)
+"""Versions of the checkpoint's layout; a reader refuses those that it does not know. In 2 each
+group of arrays has an Orbax tree of its own."""
 
-NAME = "manifest.json"
+NAME, PARAMS = "manifest.json", "params"
+SMALL = 1 << 20
+"""Bytes up to which a file below params is hashed as a whole. Others hold arrays, which have hashes
+of their own; hashing them twice would take twice as long."""
+
 FLOATS = ("float32", "bfloat16")
 _ML_DTYPES = {t.name: t for t in map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn))}
 CODES = (np.dtype(np.uint8), _ML_DTYPES["float8_e4m3fn"])
@@ -68,20 +73,29 @@ class Manifest:
       arrays: by dotted name, "target.layers.0.attention.qkv".
       files: hashes of config.json and the other small files, by name.
       notes: free remarks of who saved it: recipe, figures.
+      blobs: for each file below params, by path: its size, and its hash, empty if it is not small.
+        Checkpoints of earlier versions lack it.
+      grouped: whether each group of arrays has an Orbax tree of its own.
     """
 
     arrays: dict[str, ArrayEntry]
     files: dict[str, str]
     notes: dict[str, Any]
+    blobs: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    grouped: bool = False
+
+    def folder(self, name: str) -> str:
+        """Where the Orbax tree lies that holds an array, in the checkpoint's directory."""
+        return f"{PARAMS}/{group_of(name)}" if self.grouped else PARAMS
 
     def write(self, directory: Path) -> None:
         """Writes the manifest in one atomic step; with it the checkpoint is complete."""
         body = {
-            "format": FORMAT,
+            "format": FORMATS[self.grouped],
             "arrays": {name: dataclasses.asdict(entry) for name, entry in self.arrays.items()},
             "files": self.files,
             "notes": self.notes,
-        }
+        } | ({"blobs": self.blobs} if self.blobs else {})
         text = json.dumps(body | {"hash": _hash_body(body)}, indent=1) + "\n"
         write_atomically(directory / NAME, text.encode())
 
@@ -107,10 +121,10 @@ class Manifest:
             body = read_json(path)
         except MimoError as error:
             raise MimoError(f"{error} {AGAIN}") from None
-        if body.get("format") != FORMAT:
+        if body.get("format") not in FORMATS:
             raise MimoError(
                 f"{path} has format {body.get('format')!r}; this version of mimo_jax reads "
-                f"{FORMAT}. Install the version that wrote it, or save it anew."
+                f"{FORMATS}. Install the version that wrote it, or save it anew."
             )
         if body.pop("hash", None) != _hash_body(body):
             raise MimoError(f"{path} was changed after it was written: its hash differs. {AGAIN}")
@@ -119,8 +133,10 @@ class Manifest:
                 name: ArrayEntry(tuple(entry["shape"]), entry["dtype"], entry["hash"])
                 for name, entry in body["arrays"].items()
             }
-            return cls(arrays, dict(body["files"]), dict(body["notes"]))
-        except (KeyError, TypeError, AttributeError) as error:
+            blobs = {name: (int(size), str(h)) for name, (size, h) in body.get("blobs", {}).items()}
+            grouped = body["format"] == FORMATS[True]
+            return cls(arrays, dict(body["files"]), dict(body["notes"]), blobs, grouped)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MimoError(
                 f"{path} lacks a part or has one malformed ({error}). {AGAIN}"
             ) from None
@@ -136,6 +152,46 @@ class Manifest:
                     f"{path} was changed after the checkpoint was saved: its hash is not the "
                     f"manifest's. {AGAIN}"
                 )
+
+    def check_blobs(self, directory: Path) -> None:
+        """Raises a MimoError naming the first file below params that is cut short, or damaged.
+
+        What large files hold is checked with each array, when it is read.
+        """
+        for name, (size, expected) in self.blobs.items():
+            path = directory / PARAMS / name
+            if not path.is_file():
+                raise MimoError(f"{path} is missing, but the manifest lists it. {AGAIN}")
+            found = path.stat().st_size
+            if found != size:
+                raise MimoError(
+                    f"{path} has {found} bytes, but the manifest says {size}: it was not written, "
+                    f"or not fetched, to its end. {AGAIN}"
+                )
+            if expected and hash_bytes(path.read_bytes()) != expected:
+                raise MimoError(
+                    f"{path} was changed after the checkpoint was saved: its hash is not the "
+                    f"manifest's. {AGAIN}"
+                )
+
+
+def group_of(name: str) -> str:
+    """The group of an array: its layer, or what it is at the top: "target.layers.3", "target.head".
+
+    A converter writes a group at a time, which bounds the memory that it needs.
+    """
+    parts = name.split(".")
+    return ".".join(parts[: 3 if parts[1] == "layers" else 2])
+
+
+def describe_blobs(params: Path) -> dict[str, tuple[int, str]]:
+    """Sizes of all files in a folder, by path, and hashes of the small ones."""
+    blobs = {}
+    for path in sorted(p for p in params.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        small = hash_bytes(path.read_bytes()) if size <= SMALL else ""
+        blobs[path.relative_to(params).as_posix()] = (size, small)
+    return blobs
 
 
 def numpy_dtype(name: str) -> np.dtype:

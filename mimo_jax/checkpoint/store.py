@@ -34,8 +34,10 @@ from mimo_jax.checkpoint.manifest import (
     CODES,
     FLOATS,
     NAME,
+    PARAMS,
     ArrayEntry,
     Manifest,
+    describe_blobs,
     hash_bytes,
     write_atomically,
 )
@@ -47,7 +49,7 @@ from mimo_jax.model.mimo import MiMo
 from mimo_jax.quant import fp8, mxfp4
 from pallas_kernels.mxfp4 import decode
 
-CONFIG, DRAFTER, TOKENIZER, PARAMS = "config.json", "drafter.json", "tokenizer.json", "params"
+CONFIG, DRAFTER, TOKENIZER = "config.json", "drafter.json", "tokenizer.json"
 SCALE = "_scale"
 BATCH_BYTES = 1 << 28
 """Bytes read at a time: what reading needs of host memory, however large the checkpoint is."""
@@ -147,6 +149,7 @@ def save(
         write_atomically(directory / name, data)
     shutil.rmtree(directory / PARAMS, ignore_errors=True)
     _write(directory / PARAMS, arrays)
+    manifest = dataclasses.replace(manifest, blobs=describe_blobs(directory / PARAMS))
     manifest.write(directory)
     return manifest
 
@@ -160,6 +163,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     manifest = Manifest.read(directory)
     manifest.check_files(directory)
+    manifest.check_blobs(directory)
     for name, needed in ((CONFIG, True), (DRAFTER, False)):
         if (needed or (directory / name).exists()) and name not in manifest.files:
             raise MimoError(f"{directory / name} is not listed in the manifest. {AGAIN}")
@@ -289,7 +293,7 @@ def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
             arrays[name] = _finish_reading(pending)
         except Exception:  # Whatever TensorStore raises, for files in whatever state.
             raise MimoError(
-                f"{name} cannot be read from {checkpoint.directory / PARAMS}: files are missing, "
+                f"{name} cannot be read from {_folder(checkpoint, name)}: files are missing, "
                 f"cut short or damaged. {AGAIN}"
             ) from None
         checkpoint.manifest.arrays[name].check(name, arrays[name])
@@ -302,9 +306,13 @@ def _start_reading(checkpoint: Checkpoint, name: str) -> Any:
     Orbax's own restore fails as a whole, without a name, and leaves callbacks behind that print
     tracebacks; it also wants an event loop of its own inside notebooks.
     """
-    base = f"{(checkpoint.directory / PARAMS).absolute().as_uri()}/"
+    base = f"{_folder(checkpoint, name).absolute().as_uri()}/"
     store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
+
+
+def _folder(checkpoint: Checkpoint, name: str) -> Path:
+    return checkpoint.directory / checkpoint.manifest.folder(name)
 
 
 def _finish_reading(pending: Any) -> np.ndarray:
