@@ -12,7 +12,11 @@ import mimo_jax
 from mimo_jax.commands.model import add_model_arguments, load_model
 from mimo_jax.errors import MimoError
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "chat": ("mimo_jax.commands.chat", "talk with a model"),
+    "export": ("mimo_jax.commands.export", "write Hugging Face safetensors"),
+    "train": ("mimo_jax.commands.train", "train a target or a drafter"),
+}
 """Commands by name: a module with `add_arguments(parser)` and `main(options) -> exit code`, and a
 line of help. A module is imported when its command is asked for, and brings in no JAX before main.
 """

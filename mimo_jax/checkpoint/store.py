@@ -216,7 +216,7 @@ def load(
     placed: dict[str, nnx.Variable] = {}
     done = 0
     for batch in _batches(names, checkpoint.manifest):
-        arrays = _read(checkpoint, batch)
+        arrays = read(checkpoint, batch)
         for name in batch:
             if name + SCALE in arrays:
                 _check_scales(name, arrays)
@@ -241,7 +241,7 @@ def _convert(name: str, arrays, variable, checkpoint: Checkpoint) -> jax.Array |
     """The stored array as the abstract parameter wants it."""
     value = arrays[name]
     if name + SCALE in arrays and variable.dtype != value.dtype:
-        value = _decode(name, value, arrays[name + SCALE], variable.dtype, checkpoint)
+        value = decode_weights(name, value, arrays[name + SCALE], variable.dtype, checkpoint)
     if value.shape != variable.shape:
         value = _regroup(name, value, variable.shape[0], checkpoint)
     if value.shape != variable.shape or (value.dtype in CODES) != (variable.dtype in CODES):
@@ -273,8 +273,8 @@ def _attention(name: str, checkpoint: Checkpoint) -> AttentionConfig:
     return config.attention(int(layer)) if part == "target" else config.attention_of(SLIDING)
 
 
-def _decode(name: str, codes, scales, dtype, checkpoint: Checkpoint) -> np.ndarray:
-    """Values of MXFP4 or FP8 weights."""
+def decode_weights(name: str, codes, scales, dtype, checkpoint: Checkpoint) -> np.ndarray:
+    """Values of MXFP4 or FP8 weights, given the codes of that name and their scales."""
     if codes.dtype == np.uint8:
         return np.asarray(_decode_mxfp4(codes, scales, dtype=dtype))
     fused = name.endswith(".qkv")
@@ -285,8 +285,12 @@ def _decode(name: str, codes, scales, dtype, checkpoint: Checkpoint) -> np.ndarr
 _decode_mxfp4 = jax.jit(decode, static_argnames="dtype")
 
 
-def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays on the host, as saved: shape, dtype and hash are checked."""
+def read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
+    """Arrays on the host, as saved: shape, dtype and hash are checked.
+
+    Raises:
+      MimoError: naming the array that is missing or damaged.
+    """
     arrays = {}
     for name, pending in {name: _start_reading(checkpoint, name) for name in names}.items():
         try:

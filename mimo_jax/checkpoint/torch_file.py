@@ -1,4 +1,4 @@
-"""The drafter's mask_embedding.pt, read without unpickling: one tensor and one integer.
+"""The drafter's mask_embedding.pt, read without unpickling, and written: a tensor and an integer.
 
 A pickle is a program for a stack machine, and can do whatever Python can. Here runs a machine that
 knows the instructions, names and values which torch.save needs for this one dictionary; it stops at
@@ -8,8 +8,10 @@ storage.
 
 import dataclasses
 import io
+import pickle
 import pickletools
 import reprlib
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,60 @@ def read_mask_embedding(path: str | Path) -> tuple[int, np.ndarray]:
     # What zipfile raises for files in whatever state: damage, encryption, unknown compression.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError):
         raise MimoError(f"{path} is damaged: it is no whole zip file of torch. {WAY_OUT}") from None
+
+
+def write_mask_embedding(path: str | Path, token: int, embedding: np.ndarray) -> None:
+    """Writes what `read_mask_embedding` and torch.load read.
+
+    Args:
+      path: of the .pt file.
+      token: mask_token_id.
+      embedding: [d], of a dtype that can be read.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = {dtype: name for name, dtype in STORAGES.items()}
+    members = {
+        "data.pkl": _program(token, kinds[embedding.dtype], len(embedding)),
+        "byteorder": b"little",
+        "data/0": embedding.tobytes(),
+        "version": b"3\n",
+    }
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{path.stem}/{name}", data)
+
+
+def _program(token: int, storage: str, count: int) -> bytes:
+    """The pickle of the dictionary, instruction by instruction as torch.save has it."""
+
+    def text(value: str) -> bytes:
+        data = value.encode()
+        return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
+
+    def integer(value: int) -> bytes:
+        return pickle.BININT + struct.pack("<i", value)
+
+    def name(value: str) -> bytes:
+        return pickle.GLOBAL + value.replace(" ", "\n").encode() + b"\n"
+
+    reference = (
+        pickle.MARK + text("storage") + name(storage) + text("0") + text("cpu") + integer(count)
+    )
+    tensor = (
+        name(REBUILD)
+        + pickle.MARK
+        + (reference + pickle.TUPLE + pickle.BINPERSID)
+        + integer(0)
+        + (integer(count) + pickle.TUPLE1)
+        + (integer(1) + pickle.TUPLE1)
+        + pickle.NEWFALSE
+        + (name(ORDERED) + pickle.EMPTY_TUPLE + pickle.REDUCE)
+        + (pickle.TUPLE + pickle.REDUCE)
+    )
+    items = text("mask_token_id") + integer(token) + text("embedding") + tensor
+    head = pickle.PROTO + bytes([2]) + pickle.EMPTY_DICT + pickle.MARK
+    return head + items + pickle.SETITEMS + pickle.STOP
 
 
 class _Refused(Exception):

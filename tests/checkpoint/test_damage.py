@@ -21,7 +21,7 @@ def victim(tmp_path_factory) -> pathlib.Path:
 def arrays_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays, as `load` has them before it puts any on a device."""
     opened = store.open_checkpoint(directory)
-    return store._read(opened, list(opened.manifest.arrays))
+    return store.read(opened, list(opened.manifest.arrays))
 
 
 def damage(path: pathlib.Path, rng) -> str:
@@ -88,7 +88,7 @@ def test_flips_of_the_arrays_own_bytes_are_found_by_their_hashes(victim, rng):
         flipped = bytes([data[at] ^ (1 << int(rng.integers(8)))])
         largest.write_bytes(data[:at] + flipped + data[at + 1 :])
         try:
-            found = store._read(opened, list(wanted))
+            found = store.read(opened, list(wanted))
         except MimoError as error:
             assert any(name in str(error) for name in wanted), error
             seen += 1
