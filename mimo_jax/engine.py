@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mimo_jax.checkpoint import store
+from mimo_jax.checkpoint import released, store
 from mimo_jax.config import DrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS, Decoding
 from mimo_jax.decode.options import Options
@@ -321,6 +321,7 @@ def load(
     drafter: bool = True,
     max_len: int | None = None,
     experts: str = "auto",
+    linear: str = "decoded",
     layout: str = "tensor",
     dtype: Any = None,
     progress: bool = True,
@@ -328,7 +329,7 @@ def load(
     """Opens a checkpoint onto a mesh of devices.
 
     Args:
-      path: directory of the checkpoint.
+      path: directory of the checkpoint: ours, or one that Xiaomi released, as downloaded.
       mesh: from `make_mesh`.
       devices: instead of a mesh: how many devices, or which; all of them by default.
       drafter: False leaves it out: decoding is plain, at its fastest, with a block of 1.
@@ -337,6 +338,11 @@ def load(
       experts: "packed" keeps MXFP4 in memory; "dequantized" decodes it once, here: the same
         tokens, more memory; "auto" is "dequantized" on CPUs, where decoding at every step costs
         more than it saves, if that takes at most a quarter of the machine's memory; else "packed".
+        Experts that a released checkpoint stores in FP8 or bfloat16 are held in `dtype`; "mxfp4"
+        quantises them here, which changes them.
+      linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
+        decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
+        memory. MTP layers are decoded.
       layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
       dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
       progress: say on stderr what takes time.
@@ -349,11 +355,12 @@ def load(
         raise MimoError("mesh and devices are both given: one is enough.")
     if layout not in RULES:
         raise MimoError(f"layout={layout!r} is not allowed: it must be one of {list(RULES)}.")
-    checkpoint = store.open_checkpoint(path)
+    checkpoint = _open(path, drafter)
     mesh = make_mesh(devices) if mesh is None else mesh
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = _dtype(dtype, on_cpu)
     mode = _experts(experts, checkpoint, dtype, on_cpu)
+    fp8 = _linear(linear, checkpoint)
     max_len = _max_len(max_len, checkpoint.config)
     tokenizer = _tokenizer(checkpoint)
     _use_compilation_cache()
@@ -366,10 +373,21 @@ def load(
     if drafter and drafted is None:
         say(f"{path} has no drafter: decoding is plain.")
     plan = make_plan(
-        checkpoint.config, drafted, mesh, layout=layout, packed=mode == "packed", dtype=dtype
+        checkpoint.config,
+        drafted,
+        mesh,
+        layout=layout,
+        packed=mode == "packed",
+        fp8=fp8,
+        dtype=dtype,
     )
     start = time.perf_counter()
-    params = store.load(checkpoint, plan.params, plan.param_shardings)
+    if isinstance(checkpoint, released.Released):
+        for note in checkpoint.notes:
+            say(note)
+        params = released.load(checkpoint, plan.params, plan.param_shardings, _reporter(say))
+    else:
+        params = store.load(checkpoint, plan.params, plan.param_shardings)
     jax.block_until_ready(params)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     how = (
@@ -385,7 +403,29 @@ def load(
     )
 
 
-def _tokenizer(checkpoint: store.Checkpoint) -> Tokenizer:
+def _open(path: str | Path, drafter: bool) -> store.Checkpoint | released.Released:
+    """Our checkpoints have a manifest; whatever else holds safetensors is taken as released."""
+    if not (Path(path) / store.NAME).exists() and released.is_released(path):
+        return released.open_released(path, drafter=drafter)
+    return store.open_checkpoint(path)
+
+
+def _reporter(say: Callable[[str], None], every_s: float = 5.0) -> Callable[[int, int], None]:
+    """Says now and then how much was read."""
+    last = start = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= every_s:
+            last = now
+            rate = done / 1e9 / (now - start)
+            say(f"Read {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate:.2f} GB/s.")
+
+    return report
+
+
+def _tokenizer(checkpoint: store.Checkpoint | released.Released) -> Tokenizer:
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise MimoError(
@@ -405,28 +445,41 @@ def _dtype(dtype: Any, on_cpu: bool) -> Any:
     raise MimoError(f"dtype={dtype!r} is not allowed: it must be float32 or bfloat16.")
 
 
-def _experts(experts: str, checkpoint: store.Checkpoint, dtype: Any, on_cpu: bool) -> str:
+def _experts(
+    experts: str, checkpoint: store.Checkpoint | released.Released, dtype: Any, on_cpu: bool
+) -> str:
     """How the experts are held."""
-    if experts not in ("auto", "packed", "dequantized"):
-        raise MimoError(
-            f"experts={experts!r} is not allowed: it must be 'auto', 'packed' or 'dequantized'."
-        )
+    allowed = ("auto", "packed", "dequantized", "mxfp4")
+    if experts not in allowed:
+        raise MimoError(f"experts={experts!r} is not allowed: it must be one of {allowed}.")
     if not checkpoint.packed:
-        if experts == "packed":
+        if experts == "mxfp4" and isinstance(checkpoint, released.Released):
+            return "packed"
+        if experts in ("packed", "mxfp4"):
             raise MimoError(
-                f"experts='packed', but {checkpoint.directory} stores dense experts: use 'auto'."
+                f"experts={experts!r}, but {checkpoint.directory} stores dense experts: use "
+                "'auto'. Released checkpoints can be quantised while they are loaded, with 'mxfp4'."
             )
         return "dense"
     if experts != "auto":
-        return experts
-    codes = sum(
-        entry.nbytes
-        for name, entry in checkpoint.manifest.arrays.items()
-        if ".experts." in name and not name.endswith("_scale")
-    )
+        return "packed" if experts == "mxfp4" else experts
+    config = checkpoint.config
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    weights = sum(config.moe_layer_freq) * config.n_routed_experts * expert
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = 2 * codes * jnp.dtype(dtype).itemsize <= memory // 4
+    fits = weights * jnp.dtype(dtype).itemsize <= memory // 4
     return "dequantized" if on_cpu and fits else "packed"
+
+
+def _linear(linear: str, checkpoint: store.Checkpoint | released.Released) -> bool:
+    """Whether FP8 weights stay FP8."""
+    if linear not in ("decoded", "fp8"):
+        raise MimoError(f"linear={linear!r} is not allowed: it must be 'decoded' or 'fp8'.")
+    if linear == "fp8" and not checkpoint.fp8:
+        raise MimoError(
+            f"linear='fp8', but {checkpoint.directory} stores no FP8 weights: use 'decoded'."
+        )
+    return linear == "fp8"
 
 
 def _max_len(max_len: int | None, config: ModelConfig) -> int:

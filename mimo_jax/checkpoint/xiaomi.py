@@ -54,9 +54,10 @@ class Layout:
       linear: dtype of attention's input projections and of dense MLPs, of the MTP layers too:
         `FP8` with a scale a tile, or a plain one.
       experts: `MXFP4`, `FP8` or a plain dtype.
-      other: dtype of embedding, head, norms, sinks, output projections and the drafter.
+      other: dtype of embedding, head, norms, sinks and output projections.
       stacked: whether FP8 scales of split K and V of full layers run through both.
-      mtp_fused: `fused` for the MTP layers.
+      mtp_fused: `fused` for the MTP layers; as `fused` by default.
+      drafter: dtype of the drafter; as `other` by default.
     """
 
     fused: bool
@@ -65,12 +66,18 @@ class Layout:
     other: str = "BF16"
     stacked: bool = True
     mtp_fused: bool | None = None
+    drafter: str | None = None
 
     def __post_init__(self):
+        if self.mtp_fused is None:
+            object.__setattr__(self, "mtp_fused", self.fused)
+        if self.drafter is None:
+            object.__setattr__(self, "drafter", self.other)
         for name, allowed in (
             ("linear", (FP8, *PLAIN)),
             ("experts", (MXFP4, FP8, *PLAIN)),
             ("other", PLAIN),
+            ("drafter", PLAIN),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -78,8 +85,6 @@ class Layout:
                     f"A checkpoint that stores {name} weights as {value!r} cannot be read; they "
                     f"must be one of {allowed}."
                 )
-        if self.mtp_fused is None:
-            object.__setattr__(self, "mtp_fused", self.fused)
 
 
 LAYOUTS = {
@@ -261,7 +266,7 @@ def detect(config: ModelConfig, tensors: dict[str, Any]) -> tuple[Layout, ModelC
 
     Args:
       config: of the target, from config.json.
-      tensors: stored tensors by name; each has `dtype` and `shape`.
+      tensors: stored tensors by name, the drafter's under "dflash/"; each has `dtype` and `shape`.
 
     Returns:
       the layout, and the configuration to use with it. That all else fits is `compare`'s to say.
@@ -280,13 +285,17 @@ def detect(config: ModelConfig, tensors: dict[str, Any]) -> tuple[Layout, ModelC
     router = dtype(f"model.layers.{moe}.mlp.gate.weight", "")
     places = {name.split(".")[3] for name in tensors if name.startswith("model.mtp.layers.")}
     mtp = 1 + max((int(place) for place in places if place.isdecimal()), default=-1)
+    # None is a choice; some of those that the configuration promises is a damaged checkpoint.
+    mtp = max(mtp, config.num_nextn_predict_layers) if mtp else 0
+    other = dtype("model.embed_tokens.weight", "BF16")
     layout = Layout(
         fused=fused,
         linear=dtype(first + ("qkv_proj.weight" if fused else "q_proj.weight"), "BF16"),
         experts=experts,
-        other=dtype("model.embed_tokens.weight", "BF16"),
+        other=other,
         stacked=_is_stacked(config, tensors),
         mtp_fused="model.mtp.layers.0.self_attn.q_proj.weight" not in tensors if mtp else fused,
+        drafter=dtype(DRAFTER_FOLDER + "fc.weight", other),
     )
     changes = {
         "num_nextn_predict_layers": mtp,
@@ -414,29 +423,31 @@ class _Table:
             self.mlp(f"{ours}ffn.", [f"{theirs}mlp."], (), d, config.intermediate_size)
 
     def drafter(self, config: DrafterConfig) -> None:
-        other, attention = self.layout.other, config.attention
+        dtype, attention = self.layout.drafter, config.attention
         d, n, h = config.hidden_size, config.num_attention_heads, config.head_dim
         taps = len(config.target_layer_ids)
         folder = DRAFTER_FOLDER
-        self.matrices("drafter.features", [f"{folder}fc"], (), d, taps * d, other)
-        self.vector("drafter.context_norm.weight", f"{folder}hidden_norm.weight", d)
-        self.vector("drafter.norm.weight", f"{folder}norm.weight", d)
-        self.vector("drafter.mask_embedding", MASK_EMBEDDING, d)
+        self.matrices("drafter.features", [f"{folder}fc"], (), d, taps * d, dtype)
+        self.vector("drafter.context_norm.weight", f"{folder}hidden_norm.weight", d, dtype)
+        self.vector("drafter.norm.weight", f"{folder}norm.weight", d, dtype)
+        self.vector("drafter.mask_embedding", MASK_EMBEDDING, d, dtype)
         for layer in range(config.num_hidden_layers):
             ours, theirs = f"drafter.layers.{layer}.", f"{folder}layers.{layer}."
-            self.vector(f"{ours}input_norm.weight", f"{theirs}input_layernorm.weight", d)
-            self.vector(f"{ours}post_norm.weight", f"{theirs}post_attention_layernorm.weight", d)
+            self.vector(f"{ours}input_norm.weight", f"{theirs}input_layernorm.weight", d, dtype)
+            self.vector(
+                f"{ours}post_norm.weight", f"{theirs}post_attention_layernorm.weight", d, dtype
+            )
             ours, theirs = f"{ours}attention.", f"{theirs}self_attn."
-            self.matrices(f"{ours}query", [f"{theirs}q_proj"], (), n * h, d, other)
+            self.matrices(f"{ours}query", [f"{theirs}q_proj"], (), n * h, d, dtype)
             kv = _Split(theirs, attention, stacked=False, queries=False)
-            self.heads(f"{ours}kv", kv, d, other)
-            self.matrices(f"{ours}output", [f"{theirs}o_proj"], (), d, n * h, other)
-            self.vector(f"{ours}query_norm.weight", f"{theirs}q_norm.weight", h)
-            self.vector(f"{ours}key_norm.weight", f"{theirs}k_norm.weight", h)
+            self.heads(f"{ours}kv", kv, d, dtype)
+            self.matrices(f"{ours}output", [f"{theirs}o_proj"], (), d, n * h, dtype)
+            self.vector(f"{ours}query_norm.weight", f"{theirs}q_norm.weight", h, dtype)
+            self.vector(f"{ours}key_norm.weight", f"{theirs}k_norm.weight", h, dtype)
             if attention.sink:
-                self.vector(f"{ours}sink", f"{theirs}attention_sink_bias", n)
+                self.vector(f"{ours}sink", f"{theirs}attention_sink_bias", n, dtype)
             ours, theirs = ours.replace("attention.", "mlp."), theirs.replace("self_attn.", "mlp.")
-            self.mlp(ours, [theirs], (), d, config.intermediate_size, other)
+            self.mlp(ours, [theirs], (), d, config.intermediate_size, dtype)
 
     def attention(self, ours, theirs, config: ModelConfig, kind: int, fused: bool) -> None:
         """Attention of a target or MTP layer."""

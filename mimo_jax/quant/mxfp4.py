@@ -32,6 +32,10 @@ MIN_SCALE, MAX_SCALE = 2, 252
 NAN_SCALE = 255
 """The e8m0 NaN, which marks a block that had a non-finite weight."""
 
+_VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+_PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], axis=-1)
+"""The two values of each byte."""
+
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
 # Midpoints between neighbouring e2m1 magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6. Ties go to the even
@@ -107,6 +111,22 @@ def dequantize_float64(codes: np.ndarray | Array, scales: np.ndarray | Array) ->
     values = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     factors = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
     return (values * factors[..., None]).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def dequantize_on_host(codes: np.ndarray, scales: np.ndarray, dtype) -> np.ndarray:
+    """Decodes packed MXFP4 in numpy, exactly for what `validate` passes.
+
+    Args:
+      codes: bytes, [..., k/2].
+      scales: bytes, [..., k/32].
+      dtype: float32 or bfloat16.
+
+    Returns:
+      values, [..., k].
+    """
+    values = _PAIRS[codes].reshape(*scales.shape, BLOCK)
+    values *= np.ldexp(np.float32(1), scales.astype(np.int32) - 127)[..., None]
+    return values.reshape(*codes.shape[:-1], -1).astype(dtype, copy=False)
 
 
 def fake_quantize(w: Float[Array, "*rows k"], rule: str = "floor") -> Float[Array, "*rows k"]:
