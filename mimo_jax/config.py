@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mimo_jax.errors import MimoError
 from mimo_jax.fields import check_fields, shown
@@ -200,6 +200,9 @@ class DrafterConfig:
     `target_layer_ids` are 0-based layers of the target, whose outputs are the drafter's features.
     """
 
+    part: ClassVar[str] = "drafter"
+    """What its parameters' names begin with."""
+
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -287,6 +290,92 @@ class DrafterConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a config.json holds them; `from_dict` reads them back."""
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+    """A target's multi-token-prediction layers, which draft one token each.
+
+    Widths, epsilon and the sliding layers' attention are the target's own.
+
+    Attributes:
+      target: the model that they were trained with.
+      num_hidden_layers: how many; Xiaomi's releases have 3.
+      hidden_normed: whether they take the target's hidden state after its final norm. Which one
+        they were trained with is not published: servers pass the normed state, but a float32
+        implementation that compared the two found the one before the norm to agree with the target
+        more often, at every depth and on every text, so that this is the default. Drafts depend on
+        it, answers do not.
+    """
+
+    part: ClassVar[str] = "mtp"
+    """What its parameters' names begin with."""
+
+    target: ModelConfig
+    num_hidden_layers: int = 3
+    hidden_normed: bool = False
+
+    def __post_init__(self):
+        layers, window = self.num_hidden_layers, self.target.window
+        _require(layers >= 1, "MTP num_hidden_layers", layers, "at least 1")
+        # A layer's ring of `window` rows takes all rows that a round writes.
+        most = window // 2
+        allowed = f"at most {most}, half the target's window of {window}"
+        _require(layers <= most, "MTP num_hidden_layers", layers, allowed)
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a verified block: the anchor, and a draft of each layer."""
+        return self.num_hidden_layers + 1
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        """The layer of the target whose output they take."""
+        return (self.target.num_hidden_layers - 1,)
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Shapes of each layer's attention."""
+        return self.target.attention_of(SLIDING)
+
+    def check_target(self, target: ModelConfig) -> None:
+        """Raises a MimoError unless the layers can serve this target."""
+        shapes = (
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "layernorm_epsilon",
+        )
+        for name in shapes:
+            mine, wanted = getattr(self.target, name), getattr(target, name)
+            _require(mine == wanted, f"the MTP layers' {name}", mine, f"the target's {wanted}")
+        mine, wanted = self.attention, target.attention_of(SLIDING)
+        _require(mine == wanted, "the MTP layers' attention", mine, f"the target's {wanted}")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], target: ModelConfig) -> "MTPConfig":
+        """Reads what `to_dict` gave, for that target.
+
+        Raises:
+          MimoError: for a field that is missing, unknown or not supported.
+        """
+        names = {field.name for field in dataclasses.fields(cls)} - {"target"}
+        checked = check_fields(cls, fields)
+        if checked.keys() != names:
+            raise MimoError(
+                f"An MTP configuration has the fields {', '.join(sorted(names))}; this one has "
+                f"{', '.join(sorted(checked)) or 'none'}."
+            )
+        return cls(target, **checked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not the target's, for JSON; `from_dict` reads them back."""
+        return {"num_hidden_layers": self.num_hidden_layers, "hidden_normed": self.hidden_normed}
+
+
+AnyDrafterConfig = DrafterConfig | MTPConfig
+"""Either kind of drafter. What both have: `part`, `block_size`, `num_hidden_layers`, `attention`,
+`target_layer_ids`, `check_target` and `to_dict`."""
 
 
 _DRAFTER_FIXED = {

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.errors import MimoError
 
 AXIS = "model"
@@ -22,7 +22,7 @@ TENSOR_PARALLEL = {
     "heads": AXIS,  # query heads: sinks, and the columns of the output projection
     "kv_heads": AXIS,  # groups of query heads that share a key/value head, and their cache
     "mlp": AXIS,  # width of a dense MLP
-    "feature": AXIS,  # rows of the drafter's projection of the target's features
+    "feature": AXIS,  # rows of a drafter's projection of the target's features
     "experts": None,
     "expert_mlp": AXIS,  # width of each expert
 }
@@ -172,7 +172,7 @@ def check_divisible(state: nnx.State, mesh: AnyMesh, rules: dict[str, str | None
                 )
 
 
-def check_heads(config: ModelConfig, drafter: DrafterConfig | None, shards: int) -> None:
+def check_heads(config: ModelConfig, drafter: AnyDrafterConfig | None, shards: int) -> None:
     """Raises a MimoError if that many devices cannot share the attention heads evenly.
 
     Query heads are divided. Key/value heads are divided too, or each is given to as many devices as

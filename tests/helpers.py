@@ -101,6 +101,9 @@ def randomise(state: nnx.State, rng: np.random.Generator, shardings, common: np.
             value *= 1.0 + strength
         elif name in ("embedding", "mask_embedding"):
             value = rng.standard_normal(shape) + common
+        elif name == "projection":
+            # Token and hidden state pass an MTP layer's input, and with them what is common.
+            value += np.concatenate([np.eye(len(value))] * 2, axis=1)
         elif len(shape) == 1:
             value = (1.0 if name == "weight" else 0.0) + 0.3 * rng.standard_normal(shape)
         return parameter.replace(jax.device_put(value.astype(dtype), sharding.get_value()))

@@ -5,10 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from mimo_jax.decode.sampling import Request, accept, argmax, choose
+from mimo_jax.decode.sampling import Request, accept, choose
 from mimo_jax.decode.state import State
-from mimo_jax.model.layers import embed
-from mimo_jax.model.mimo import head_logits
 from mimo_jax.sharding import Parallel
 
 
@@ -19,7 +17,8 @@ def decode(
 
     Args:
       model: the target.
-      drafter: the drafter, or None for plain decoding at the block's width.
+      drafter: the drafter, of either kind (see `mimo_jax.model.drafters`), or None for plain
+        decoding at the block's width.
       taps: layers whose outputs are the drafter's features.
       state: prefilled.
       request: limits and sampling.
@@ -33,7 +32,7 @@ def decode(
 
     def one_round(state: State) -> State:
         live_sequences = active(state)
-        tokens = _draft(model, drafter, state, request, block, parallel)
+        tokens, contexts = _draft(model, drafter, state, request, block, parallel)
         slots = jnp.arange(block, dtype=jnp.int32)
         live = live_sequences[:, None] & (slots <= request.max_draft)
         h, features, caches = model(tokens, state.cached, live, state.caches, taps, parallel)
@@ -41,7 +40,6 @@ def decode(
         chosen = choose(model.logits(h), following, request, parallel)
         room = jnp.where(live_sequences, request.limit - state.length, 0)
         count, ended = accept(tokens, chosen, room, request)
-        contexts = state.contexts
         if drafter is not None:
             # Features of rejected rows go in too: they lie past `cached`, where nothing looks.
             contexts = drafter.ingest(features, state.cached, live, contexts, parallel)
@@ -56,23 +54,14 @@ def decode(
 
 
 def _draft(model, drafter, state: State, request: Request, block: int, parallel: Parallel):
-    """The block [b, block]: the newest token and the drafts after it."""
+    """The block [b, block], the newest token and the drafts after it; and the contexts."""
     anchor = jnp.take_along_axis(state.tokens, state.cached[:, None], axis=1)
     if drafter is None or block == 1:
-        return jnp.pad(anchor, ((0, 0), (0, block - 1)))
-
-    def draft():
-        embedded = embed(model.embedding[...], anchor, parallel)[:, 0]
-        places = state.contexts[0].positions(state.cached)
-        rows = drafter.block(embedded, block)
-        hidden = drafter(rows, state.cached, state.contexts, places, parallel)
-        return argmax(head_logits(hidden[:, 1:], model.head[...]), parallel)
-
-    def nothing():
-        return jnp.zeros((anchor.shape[0], block - 1), jnp.int32)
-
-    drafts = lax.cond(request.max_draft > 0, draft, nothing)
-    return jnp.concatenate([anchor, drafts], axis=1)
+        return jnp.pad(anchor, ((0, 0), (0, block - 1))), state.contexts
+    drafts, contexts = drafter.draft(
+        model, state.tokens, state.cached, state.contexts, request.max_draft, block, parallel
+    )
+    return jnp.concatenate([anchor, drafts], axis=1), contexts
 
 
 def _commit(state: State, chosen, count, ended, counted) -> State:

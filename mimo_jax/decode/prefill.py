@@ -14,7 +14,7 @@ def prefill(model, drafter, taps, state: State, chunk: int, parallel: Parallel) 
 
     Args:
       model: the target.
-      drafter: the drafter, which takes in the target's features; or None.
+      drafter: the drafter, of either kind, which takes in the target's features; or None.
       taps: layers whose outputs are the features.
       state: with `cached` rows done, `length` tokens present.
       chunk: rows a pass.
@@ -31,7 +31,9 @@ def prefill(model, drafter, taps, state: State, chunk: int, parallel: Parallel) 
         _, features, caches = model(tokens, state.cached, live, state.caches, taps, parallel)
         contexts = state.contexts
         if drafter is not None:
-            contexts = drafter.ingest(features, state.cached, live, contexts, parallel)
+            contexts = drafter.ingest_prompt(
+                model, state.tokens, features, state.cached, live, contexts, parallel
+            )
         cached = state.cached + live.sum(axis=1, dtype=jnp.int32)
         return dataclasses.replace(state, cached=cached, caches=caches, contexts=contexts)
 

@@ -9,12 +9,12 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.loop import decode
 from mimo_jax.decode.prefill import prefill
 from mimo_jax.decode.sampling import Request
 from mimo_jax.decode.state import State, init_state, state_specs
-from mimo_jax.model.dflash import Drafter
+from mimo_jax.model.drafters import drafter_class
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import (
     AXIS,
@@ -66,7 +66,7 @@ class Plan:
     """
 
     config: ModelConfig
-    drafter: DrafterConfig | None
+    drafter: AnyDrafterConfig | None
     mesh: AnyMesh
     layout: str
     graphs: tuple[Any, Any]
@@ -104,7 +104,7 @@ class Plan:
 
 def make_plan(
     config: ModelConfig,
-    drafter: DrafterConfig | None,
+    drafter: AnyDrafterConfig | None,
     mesh: AnyMesh,
     *,
     layout: str = "tensor",
@@ -116,7 +116,7 @@ def make_plan(
 
     Args:
       config: of the target.
-      drafter: of the drafter, or None.
+      drafter: of the drafter, DFlash or MTP, or None.
       mesh: from `make_mesh`; or an abstract one, to learn sizes from.
       layout: "tensor" cuts every expert, "expert" gives each device whole ones.
       packed: whether experts are MXFP4; by default as the config says.
@@ -136,7 +136,8 @@ def make_plan(
     draft_graph = draft_params = None
     if drafter is not None:
         drafter.check_target(config)
-        draft = nnx.eval_shape(lambda: Drafter(drafter, ShapesOnly(), shards=shards, dtype=dtype))
+        build = drafter_class(drafter)
+        draft = nnx.eval_shape(lambda: build(drafter, ShapesOnly(), shards=shards, dtype=dtype))
         draft_graph, draft_params = nnx.split(draft)
         check_divisible(draft_params, mesh, RULES[layout])
     return Plan(config, drafter, mesh, layout, (graph, draft_graph), (params, draft_params))

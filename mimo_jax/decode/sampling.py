@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from mimo_jax.model.mimo import argmax
 from mimo_jax.sharding import Leaf, Parallel
 
 
@@ -34,16 +35,6 @@ class Request:
     """Names the sequence in its noise, so that equal prompts of a batch get different samples."""
     max_draft: Leaf  # int32 scalar
     """Drafted tokens to verify a round; 0 is plain decoding."""
-
-
-def argmax(logits: Float[Array, "b t w"], parallel: Parallel) -> Int32[Array, "b t"]:
-    """Arg-max over a vocabulary divided over the devices; ties go to the lowest id."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    value = jnp.take_along_axis(logits, best[..., None], axis=-1)
-    values = parallel.gather(value, -1)
-    ids = parallel.gather((best + parallel.index * logits.shape[-1])[..., None], -1)
-    winner = jnp.argmax(values, axis=-1, keepdims=True)
-    return jnp.take_along_axis(ids, winner, axis=-1)[..., 0]
 
 
 def truncate(

@@ -1,13 +1,15 @@
 """What the loop carries: tokens, caches, counters; a frozen pytree, divided by one table."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mimo_jax.cache import LayerCache, cache_spec, init_cache
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.model.drafters import drafter_class
 from mimo_jax.sharding import Leaf
 
 
@@ -32,13 +34,13 @@ class State:
     histogram: Leaf  # int32 [b, block + 1]
     """Rounds by the number of tokens that they emitted, 0 to the block's size."""
     caches: tuple[LayerCache, ...]
-    contexts: tuple[LayerCache, ...]
-    """The drafter's, one for each of its layers; empty without a drafter."""
+    contexts: Any
+    """The drafter's: what its kind keeps; empty without a drafter."""
 
 
 def init_state(
     config: ModelConfig,
-    drafter: DrafterConfig | None,
+    drafter: AnyDrafterConfig | None,
     *,
     batch: int,
     max_len: int,
@@ -56,15 +58,12 @@ def init_state(
       block: rows of a verified block.
       shards: devices that key/value heads are spread over.
       dtype: of keys and values.
+
+    Raises:
+      MimoError: if the drafter cannot draft for a block of that size.
     """
     layers = [config.attention(layer) for layer in range(config.num_hidden_layers)]
-    drafts = [] if drafter is None else [drafter.attention] * drafter.num_hidden_layers
-
-    def caches(attentions):
-        return tuple(
-            init_cache(a, max(shards, a.num_kv_heads), batch, max_len, block, dtype)
-            for a in attentions
-        )
+    sizes = {"batch": batch, "max_len": max_len, "block": block, "shards": shards, "dtype": dtype}
 
     return State(
         tokens=jnp.zeros((batch, max_len + block), jnp.int32),
@@ -73,20 +72,21 @@ def init_state(
         done=jnp.zeros(batch, bool),
         round_of=jnp.full((batch, max_len + block), -1, jnp.int32),
         histogram=jnp.zeros((batch, block + 1), jnp.int32),
-        caches=caches(layers),
-        contexts=caches(drafts),
+        caches=tuple(
+            init_cache(a, max(shards, a.num_kv_heads), batch, max_len, block, dtype) for a in layers
+        ),
+        contexts=() if drafter is None else drafter_class(drafter).init_contexts(drafter, **sizes),
     )
 
 
 def state_specs(state: State, rules: dict[str, str | None]) -> State:
     """PartitionSpecs of a state: caches over key/value heads, all else on every device."""
-    everywhere = {
-        field.name: PartitionSpec()
-        for field in dataclasses.fields(State)
-        if field.name not in ("caches", "contexts")
-    }
-    return State(
-        **everywhere,
-        caches=tuple(cache_spec(rules) for _ in state.caches),
-        contexts=tuple(cache_spec(rules) for _ in state.contexts),
+
+    def is_cache(leaf: Any) -> bool:
+        return isinstance(leaf, LayerCache)
+
+    return jax.tree.map(
+        lambda leaf: cache_spec(rules) if is_cache(leaf) else PartitionSpec(),
+        state,
+        is_leaf=is_cache,
     )

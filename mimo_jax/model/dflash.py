@@ -6,12 +6,14 @@ MiMo-V2.5's.
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from mimo_jax.cache import LayerCache, last_rows
+from mimo_jax.cache import LayerCache, init_cache, last_rows
 from mimo_jax.config import AttentionConfig, DrafterConfig
 from mimo_jax.model.attention import attend
-from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, linear, rope
+from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear, rope
+from mimo_jax.model.mimo import MiMo, argmax, head_logits
 from mimo_jax.sharding import Parallel, constant, normal, param
 
 
@@ -104,6 +106,17 @@ class Drafter(nnx.Module):
         self.mask_embedding = param(rngs, (d,), (None,), dtype, init)
         self.window = config.sliding_window
 
+    @staticmethod
+    def init_contexts(
+        config: DrafterConfig, *, batch: int, max_len: int, block: int, shards: int, dtype
+    ) -> tuple[LayerCache, ...]:
+        """Empty contexts, one for each layer; see `mimo_jax.model.drafters`."""
+        groups = max(shards, config.num_key_value_heads)
+        return tuple(
+            init_cache(config.attention, groups, batch, max_len, block, dtype)
+            for _ in range(config.num_hidden_layers)
+        )
+
     def context(
         self, features: Float[Array, "b t _"], positions: Int32[Array, "b t"], parallel: Parallel
     ) -> list[tuple[Array, Array]]:
@@ -127,6 +140,43 @@ class Drafter(nnx.Module):
             cache.write(k, v, start, last_rows(live, cache.size))
             for cache, (k, v) in zip(caches, context, strict=True)
         )
+
+    def ingest_prompt(
+        self,
+        model: MiMo,
+        tokens: Int32[Array, "b l"],
+        features: Float[Array, "b t _"],
+        start: Int32[Array, "b"],
+        live: Bool[Array, "b t"],
+        caches: tuple[LayerCache, ...],
+        parallel: Parallel,
+    ) -> tuple[LayerCache, ...]:
+        """Adds a chunk of a prompt: its features are all that the layers see of it."""
+        return self.ingest(features, start, live, caches, parallel)
+
+    def draft(
+        self,
+        model: MiMo,
+        tokens: Int32[Array, "b l"],
+        start: Int32[Array, "b"],
+        contexts: tuple[LayerCache, ...],
+        wanted: Int32[Array, ""],
+        block: int,
+        parallel: Parallel,
+    ) -> tuple[Int32[Array, "b drafts"], tuple[LayerCache, ...]]:
+        """The block - 1 tokens after each anchor, in one pass; see `mimo_jax.model.drafters`."""
+        anchor = jnp.take_along_axis(tokens, start[:, None], axis=1)
+
+        def draft():
+            embedded = embed(model.embedding[...], anchor, parallel)[:, 0]
+            places = contexts[0].positions(start)
+            hidden = self(self.block(embedded, block), start, contexts, places, parallel)
+            return argmax(head_logits(hidden[:, 1:], model.head[...]), parallel)
+
+        def nothing():
+            return jnp.zeros((anchor.shape[0], block - 1), jnp.int32)
+
+        return lax.cond(wanted > 0, draft, nothing), contexts
 
     def block(self, anchor: Float[Array, "b d"], size: int) -> Float[Array, "b t d"]:
         """The block's input: the anchor's embedding, then the mask's."""

@@ -136,6 +136,16 @@ def head_logits(x: Float[Array, "b t d"], head: Float[Array, "w d"]) -> Float[Ar
     return jnp.einsum("btd,wd->btw", x, head, preferred_element_type=jnp.float32)
 
 
+def argmax(logits: Float[Array, "b t w"], parallel: Parallel) -> Int32[Array, "b t"]:
+    """Arg-max over a vocabulary divided over the devices; ties go to the lowest id."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    value = jnp.take_along_axis(logits, best[..., None], axis=-1)
+    values = parallel.gather(value, -1)
+    ids = parallel.gather((best + parallel.index * logits.shape[-1])[..., None], -1)
+    winner = jnp.argmax(values, axis=-1, keepdims=True)
+    return jnp.take_along_axis(ids, winner, axis=-1)[..., 0]
+
+
 def tap(outputs: list[Array], taps: tuple[int, ...]) -> Array:
     """The outputs of the tapped layers side by side, [b, t, taps * d]."""
     if not taps:

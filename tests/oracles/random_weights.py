@@ -7,6 +7,7 @@ to change: stored goldens depend on it.
 
 import numpy as np
 from oracles.mimo_numpy import attention_shape, target_forward
+from oracles.mtp_numpy import sliding_shape
 
 MARGIN = 1e-5
 """Examples that choose an expert by less are redrawn: float32's rounding could turn the choice."""
@@ -90,6 +91,19 @@ def random_drafter(config, rng, dtype=np.float32):
         w |= _attention(rng, prefix + "self_attn.", d, shape)
         w[prefix + "self_attn.q_norm.weight"] = _norm(rng, dim)
         w[prefix + "self_attn.k_norm.weight"] = _norm(rng, dim)
+        w |= _mlp(rng, prefix + "mlp.", d, config["intermediate_size"])
+    return {name: a.astype(dtype) for name, a in w.items()}
+
+
+def random_mtp(config, layers, rng, dtype=np.float32):
+    """Weights of a target's MTP layers under checkpoint names, without `model.mtp.`."""
+    d, w = config["hidden_size"], {}
+    for layer in range(layers):
+        prefix = f"layers.{layer}."
+        for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
+            w[f"{prefix}{norm}.weight"] = _norm(rng, d)
+        w[prefix + "eh_proj.weight"] = 2.0 * _linear(rng, d, 2 * d)
+        w |= _attention(rng, prefix + "self_attn.", d, sliding_shape(config))
         w |= _mlp(rng, prefix + "mlp.", d, config["intermediate_size"])
     return {name: a.astype(dtype) for name, a in w.items()}
 

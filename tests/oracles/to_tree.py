@@ -5,13 +5,21 @@ import numpy as np
 from flax import nnx
 
 from mimo_jax.checkpoint.flat import unflatten
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import DrafterConfig, ModelConfig, MTPConfig
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
+from mimo_jax.model.mtp import MTP
 from mimo_jax.quant import mxfp4
 from pallas_kernels.mxfp4 import BLOCK
 
 NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+MTP_NORMS = {
+    "token_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "input_norm": "input_layernorm",
+    "post_norm": "pre_mlp_layernorm",
+    "norm": "final_layernorm",
+}
 
 
 def target(config: dict, weights: dict, *, extra: int = 0, packed: bool = False) -> MiMo:
@@ -58,6 +66,20 @@ def drafter(config: dict, weights: dict) -> Drafter:
         }
         arrays |= _prefix(f"layers.{layer}.", parts | _prefix("mlp.", _mlp(under(source, "mlp."))))
     return _build(lambda: Drafter(built, nnx.Rngs(0), dtype=np.float32), arrays)
+
+
+def mtp(config: dict, weights: dict, *, layers: int, hidden_normed: bool) -> MTP:
+    """A float32 MTP of the oracle's `model.mtp.layers.*`."""
+    built = MTPConfig(ModelConfig.from_dict(config), layers, hidden_normed)
+    arrays = {}
+    for layer in range(layers):
+        source = under(weights, f"layers.{layer}.")
+        parts = {f"{ours}.weight": source[f"{theirs}.weight"] for ours, theirs in MTP_NORMS.items()}
+        parts["projection"] = source["eh_proj.weight"]
+        attention = _attention(under(source, "self_attn."), built.attention.num_kv_heads)
+        parts |= _prefix("attention.", attention) | _prefix("ffn.", _mlp(under(source, "mlp.")))
+        arrays |= _prefix(f"layers.{layer}.", parts)
+    return _build(lambda: MTP(built, nnx.Rngs(0), dtype=np.float32), arrays)
 
 
 def round_experts(weights: dict) -> dict:
