@@ -133,6 +133,20 @@ _DRAFTERS = {
     "mimo-v2.6-pro": _PRO_DRAFTER,
 }
 
+ENCODERS = {
+    "mimo-v2.6-flash": (459, 989_721_600),
+    "mimo-v2.6-pro": (459, 1_033_761_792),
+}
+"""Tensors of vision and audio encoders in a release, and their elements, all BF16. The numbers of
+tensors are published (364 vision, 75 audio, 20 speech embeddings); the elements are what remains of
+the published BF16 elements after the language model's and the MTP layers' own, so that they are
+measured, not derived from a layout of the encoders, which this package does not read."""
+
+
+def preset_names(*, drafter: bool = False) -> tuple[str, ...]:
+    """The names that `preset` knows, or those that `drafter_preset` knows."""
+    return tuple(sorted(_DRAFTERS if drafter else _MODELS))
+
 
 def preset(name: str) -> ModelConfig:
     """The target configuration of that name.
