@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from mimo_jax.decode.output import Output, Piece, Stats
     from mimo_jax.engine import Engine, Session, load
     from mimo_jax.errors import MimoError
+    from mimo_jax.planning.report import MemoryPlan, plan
     from mimo_jax.presets import drafter_preset, preset
     from mimo_jax.sharding import make_mesh
 
 __all__ = [
     "DrafterConfig",
     "Engine",
+    "MemoryPlan",
     "MimoError",
     "ModelConfig",
     "Output",
@@ -24,12 +26,14 @@ __all__ = [
     "drafter_preset",
     "load",
     "make_mesh",
+    "plan",
     "preset",
 ]
 
 _HOMES = {
     "DrafterConfig": "config",
     "Engine": "engine",
+    "MemoryPlan": "planning.report",
     "MimoError": "errors",
     "ModelConfig": "config",
     "Output": "decode.output",
@@ -39,6 +43,7 @@ _HOMES = {
     "drafter_preset": "presets",
     "load": "engine",
     "make_mesh": "sharding",
+    "plan": "planning.report",
     "preset": "presets",
 }
 """Where each public name lives. They are imported when first used: `mimo --help` needs no JAX."""

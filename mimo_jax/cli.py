@@ -15,6 +15,8 @@ from mimo_jax.errors import MimoError
 COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("mimo_jax.commands.chat", "talk with a model"),
     "export": ("mimo_jax.commands.export", "write Hugging Face safetensors"),
+    "inspect": ("mimo_jax.commands.inspect", "say what a checkpoint holds"),
+    "plan": ("mimo_jax.commands.plan", "say what a model needs on some devices"),
     "train": ("mimo_jax.commands.train", "train a target or a drafter"),
 }
 """Commands by name: a module with `add_arguments(parser)` and `main(options) -> exit code`, and a

@@ -20,7 +20,8 @@ from mimo_jax.decode.output import Output, Piece
 from mimo_jax.decode.program import Plan, Settings, make_plan, make_program, state_maker
 from mimo_jax.decode.state import State
 from mimo_jax.errors import MimoError
-from mimo_jax.sharding import RULES, make_mesh
+from mimo_jax.planning.memory import check_memory
+from mimo_jax.sharding import RULES, AnyMesh, make_mesh
 from mimo_jax.text.tokenizer import Detokenizer, Tokenizer
 
 DEFAULT_MAX_LEN = 4096
@@ -348,8 +349,8 @@ def load(
       progress: say on stderr what takes time.
 
     Raises:
-      MimoError: if the checkpoint is missing or damaged, or does not fit the devices or the
-        arguments.
+      MimoError: if the checkpoint is missing or damaged, does not fit the arguments, or needs more
+        memory than the devices have, which is known before anything is loaded.
     """
     if mesh is not None and devices is not None:
         raise MimoError("mesh and devices are both given: one is enough.")
@@ -372,15 +373,20 @@ def load(
     drafted = checkpoint.drafter if drafter else None
     if drafter and drafted is None:
         say(f"{path} has no drafter: decoding is plain.")
-    plan = make_plan(
-        checkpoint.config,
-        drafted,
-        mesh,
-        layout=layout,
-        packed=mode == "packed",
-        fp8=fp8,
-        dtype=dtype,
-    )
+
+    def declared(mesh: AnyMesh) -> Plan:
+        return make_plan(
+            checkpoint.config,
+            drafted,
+            mesh,
+            layout=layout,
+            packed=mode == "packed",
+            fp8=fp8,
+            dtype=dtype,
+        )
+
+    block = 1 if drafted is None else drafted.block_size
+    plan = check_memory(declared, mesh, Settings(1, max_len, block, CHUNKS[-1], dtype))
     start = time.perf_counter()
     if isinstance(checkpoint, released.Released):
         for note in checkpoint.notes:

@@ -24,7 +24,7 @@ LAYERS = (
     ("mimo_jax.cache",),
     ("mimo_jax.model",),
     ("mimo_jax.decode", "mimo_jax.checkpoint"),
-    ("mimo_jax.plan",),
+    ("mimo_jax.planning",),
     ("mimo_jax.engine", "mimo_jax.train"),
     ("mimo_jax",),
     ("mimo_jax.bench", "mimo_jax.commands", "mimo_jax.server"),
