@@ -19,8 +19,8 @@ PUBLIC_NAMES = 25
 LAYERS = (
     ("pallas_kernels", "mimo_jax.errors"),
     ("mimo_jax.fields",),
-    ("mimo_jax.config", "mimo_jax.quant", "mimo_jax.text", "mimo_jax.plots"),
-    ("mimo_jax.presets", "mimo_jax.sharding"),
+    ("mimo_jax.config", "mimo_jax.quant", "mimo_jax.plots"),
+    ("mimo_jax.presets", "mimo_jax.sharding", "mimo_jax.text"),
     ("mimo_jax.cache",),
     ("mimo_jax.model",),
     ("mimo_jax.decode", "mimo_jax.checkpoint"),

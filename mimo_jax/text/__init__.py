@@ -1,1 +1,1 @@
-"""Text to tokens and back."""
+"""Text: tokens, conversations in and answers out."""

@@ -7,6 +7,7 @@ decoding agree on any ids, those that do not make UTF-8 included.
 
 import codecs
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Tokenizer:
 
     Attributes:
       special_ids: the id of each special token by its text.
+      control_ids: likewise, with those that the vocabulary was extended by and that count as text:
+        in the MiMo tokenizers <think>, <tool_call> and others.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -54,7 +57,11 @@ class Tokenizer:
         self._plain.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         self.special_ids = {t.content: id for id, t in added.items() if t.special}
+        self.control_ids = {t.content: id for id, t in added.items()}
         self._bytes = _bytes_of_tokens(backend)
+        self._spelled = list(self._bytes)
+        for text, id in self.control_ids.items():
+            self._spelled[id] = text.encode()
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
@@ -114,6 +121,21 @@ class Tokenizer:
         backend = self._backend if specials else self._plain
         return backend.encode(text, add_special_tokens=False).ids
 
+    def encode_literal(self, text: str) -> list[int]:
+        """The text's ids, none of them in `control_ids`, whatever is spelled in the text."""
+        return self._literal.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """The tokenizer without the tokens of `control_ids`; made when first needed."""
+        parts = json.loads(self._backend.to_str())
+        parts |= {"added_tokens": [], "post_processor": None}
+        # Vocabularies that we train hold them as words too.
+        vocabulary = parts["model"]["vocab"]
+        for text in self.control_ids:
+            vocabulary.pop(text, None)
+        return tokenizers.Tokenizer.from_str(json.dumps(parts))
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -127,35 +149,41 @@ class Tokenizer:
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The ids' bytes, special tokens left out.
+    def decode_bytes(self, ids: Iterable[int], controls: bool = False) -> bytes:
+        """The ids' bytes.
+
+        Args:
+          ids: of tokens.
+          controls: whether special tokens are spelled out, instead of left out.
 
         Raises:
           MimoError: if an id is outside of the vocabulary.
         """
-        return b"".join(map(self._bytes_of, ids))
-
-    def _bytes_of(self, id: int) -> bytes:
-        if not 0 <= id < len(self._bytes):
-            raise MimoError(f"Token id {id} is not in the vocabulary: 0 to {len(self._bytes) - 1}.")
-        return self._bytes[id]
+        table = self._spelled if controls else self._bytes
+        return b"".join(_entry(table, id) for id in ids)
 
 
 class Detokenizer:
     """Decodes ids as they come; the pieces together are the text of all ids."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        """Starts at the beginning of a text."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, controls: bool = False):
+        """Starts at the beginning of a text, with special tokens spelled out or left out."""
+        self._tokenizer, self._controls = tokenizer, controls
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids complete; the bytes of an unfinished character are kept back."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids, self._controls))
 
     def finish(self) -> str:
         """What was kept back: "" or U+FFFD."""
         return self._decoder.decode(b"", final=True)
+
+
+def _entry(table: list[bytes], id: int) -> bytes:
+    if not 0 <= id < len(table):
+        raise MimoError(f"Token id {id} is not in the vocabulary: 0 to {len(table) - 1}.")
+    return table[id]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 3072) -> tokenizers.Tokenizer:
