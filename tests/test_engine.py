@@ -5,8 +5,10 @@ import logging
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_checkpoint import (
     CONFIG,
@@ -21,6 +23,7 @@ from mimo_jax import plots
 from mimo_jax.checkpoint import store
 from mimo_jax.decode.batch import Decoding
 from mimo_jax.errors import MimoError
+from mimo_jax.sharding import Parallel
 
 BLOCK = DRAFTER.block_size
 SAMPLED = {"temperature": 1.0, "top_p": 0.97}
@@ -34,6 +37,48 @@ def engine(checkpoint):  # noqa: F811
 
 def random_prompt(rng, low=1, high=60) -> list[int]:
     return [int(t) for t in rng.integers(1, CONFIG.vocab_size, rng.integers(low, high))]
+
+
+@pytest.fixture(scope="module")
+def clear_prompt(engine):
+    """A function of rng, low, high: a prompt whose greedy answer of 40 tokens is no close call.
+
+    Programs of other shapes sum in another order. Where two tokens, or two experts, are nearly
+    equal, that may choose the other one: of the prompts, one in twenty is drawn anew.
+    """
+    graph, params = engine._plan.graphs[0], engine._params[0]
+
+    @jax.jit
+    def leads(params, tokens):
+        """By how much each choice of experts [layers, 1, t], and of a token [1, t], was made."""
+        model, experts = nnx.merge(graph, params), []
+
+        def feed_forward(ffn, x):
+            if not hasattr(ffn, "router"):
+                return ffn(x, Parallel())
+            scores = ffn.router.scores(x[0]) + ffn.router.bias[...]
+            best = jax.lax.top_k(scores, ffn.router.choices + 1)[0]
+            experts.append(best[None, :, -2] - best[None, :, -1])
+            return ffn(x, jnp.ones(x.shape[:2], bool), Parallel())
+
+        h = model.embedding[...][tokens]
+        for layer in model.layers:
+            h = layer.sequence(h, feed_forward)
+        first, second = jnp.unstack(jax.lax.top_k(model.logits(h), 2)[0], axis=-1)
+        return jnp.stack(experts), first - second
+
+    def draw(rng, low=1, high=60):
+        while True:
+            prompt = random_prompt(rng, low, high)
+            answer = engine.generate(prompt, max_tokens=40, ignore_eos=True).tokens
+            tokens, count = np.zeros((1, engine.max_len), np.int32), len(prompt) + len(answer)
+            tokens[0, :count] = [*prompt, *answer]
+            experts, lead = leads(params, tokens)
+            chosen = lead[0, len(prompt) - 1 : count - 1]
+            if experts[..., :count].min() > 1e-5 and chosen.min() > 1e-4:
+                return prompt
+
+    return draw
 
 
 def check_stats(output, prompt_tokens, max_tokens):
@@ -84,11 +129,13 @@ def test_drafting_changes_no_token(engine, rng):
 
 def test_drafts_are_accepted_at_times(engine, rng):
     """Otherwise the comparisons of this file would compare plain decoding with itself."""
-    outputs = [
-        engine.generate(random_prompt(rng), max_tokens=100, temperature=0.7, seed=s)
-        for s in range(8)
-    ]
-    assert sum(sum(o.stats.acceptance_histogram[2:]) for o in outputs) > 0
+    agreed = 0
+    for seed in range(500):  # One answer in five has none.
+        output = engine.generate(random_prompt(rng), max_tokens=100, temperature=0.7, seed=seed)
+        agreed += sum(output.stats.acceptance_histogram[2:])
+        if agreed >= 5:
+            break
+    assert agreed >= 5
 
 
 def test_a_stream_is_the_answer(engine, rng):
@@ -116,7 +163,9 @@ def test_a_stream_is_the_answer(engine, rng):
 def test_a_stream_ends_where_the_answer_ends(engine, rng):
     """At an end-of-sequence token anywhere in a piece or block."""
     stopped = 0
-    for seed in range(40):
+    for seed in range(2000):  # One answer in eight ends by itself.
+        if seed >= 30 and stopped >= 2:
+            break
         prompt = random_prompt(rng)
         options = {"max_tokens": 60, "temperature": 1.5, "seed": seed}
         output = engine.generate(prompt, **options)
@@ -126,7 +175,7 @@ def test_a_stream_ends_where_the_answer_ends(engine, rng):
         assert pieces[-1].finish_reason == output.finish_reason
         assert 0 not in output.tokens
         stopped += output.finish_reason == "stop"
-    assert stopped > 0, "no answer ended by itself: the test shows nothing"
+    assert stopped >= 2, "no answer ended by itself: the test shows nothing"
 
 
 def test_a_stream_never_splits_a_character(engine):
@@ -176,8 +225,8 @@ def test_open_streams_do_not_meet(engine):
     assert seen == expected
 
 
-def test_a_batch_is_its_prompts_apart(engine, rng):
-    prompts = [random_prompt(rng, 2, 50), "abx", random_prompt(rng, 2, 9)]
+def test_a_batch_is_its_prompts_apart(engine, clear_prompt, rng):
+    prompts = [clear_prompt(rng, 2, 50), "abx", clear_prompt(rng, 2, 9)]
     together = engine.generate(prompts, max_tokens=25)
     assert [o.tokens for o in together] == [
         engine.generate(p, max_tokens=25).tokens for p in prompts
@@ -213,7 +262,7 @@ def test_a_session_is_one_long_prompt(engine, rng):
 
 def test_a_session_goes_on_after_an_end(engine, rng):
     """The end-of-sequence token stays in the context, and the next turn is answered."""
-    for seed in range(100):
+    for seed in range(2000):  # One answer in six ends.
         session = engine.session()
         first = session.send(random_prompt(rng, 2, 20), temperature=1.5, seed=seed, max_tokens=60)
         if first.finish_reason == "stop":
@@ -332,23 +381,37 @@ def test_pieces_of_no_size(engine):
 
 
 @pytest.mark.parametrize(("devices", "layout"), [(1, "tensor"), (2, "expert"), (4, "tensor")])
-def test_meshes_and_experts_agree(engine, checkpoint, devices, layout, rng):  # noqa: F811
+def test_meshes_and_experts_agree(
+    engine,
+    clear_prompt,
+    checkpoint,  # noqa: F811
+    devices,
+    layout,
+    rng,
+):
     """Packed experts, on one device or divided over several, give the tokens of dense ones."""
     options = {"devices": devices, "layout": layout, "experts": "packed", "progress": False}
     with mimo_jax.load(checkpoint, **options) as other:
         assert other.experts == "packed" and other.devices == devices
         for _ in range(3):
-            prompt = random_prompt(rng)
+            prompt = clear_prompt(rng)
             mine, theirs = (e.generate(prompt, max_tokens=40) for e in (engine, other))
             assert mine.tokens == theirs.tokens
             assert theirs.stats.devices == devices and theirs.stats.experts == "packed"
 
 
-def test_without_a_drafter_the_block_is_one(engine, checkpoint, tmp_path, capsys, rng):  # noqa: F811
+def test_without_a_drafter_the_block_is_one(
+    engine,
+    clear_prompt,
+    checkpoint,  # noqa: F811
+    tmp_path,
+    capsys,
+    rng,
+):
     capsys.readouterr()
     with mimo_jax.load(checkpoint, devices=1, drafter=False, max_len=100) as plain:
         assert (plain.block, plain.drafter, plain.max_len) == (1, None, 100)
-        prompt = random_prompt(rng)
+        prompt = clear_prompt(rng)
         output = plain.generate(prompt, max_tokens=30)
         assert output.stats.acceptance_histogram == (0, output.stats.tokens)
         assert output.tokens == engine.generate(prompt, max_tokens=30).tokens
