@@ -127,6 +127,8 @@ def test_nothing_to_do_changes_nothing(decoder, rng):
 
 def test_pauses_change_neither_tokens_nor_rounds(decoder, rng):
     prompts, changes = draw(rng, decoder.plan.config.vocab_size)
+    # A call ends after 3 to 3 + BLOCK - 1 tokens at most: so many more need several.
+    changes["limit"] = np.array([len(p) for p in prompts]) + rng.integers(2 * BLOCK, 25, BATCH)
     changes |= {"max_draft": BLOCK - 1, "eos": []}
     whole = decoder(prompts, **changes)
     state, calls = decoder.start(prompts), 0

@@ -45,11 +45,11 @@ def test_accept(rng):
         ]
         assert list(zip(count.tolist(), end.tolist(), strict=True)) == expected
         ended += int(end.sum())
-    assert ended > 50
+    assert ended > 20  # About 110, give or take 11.
 
 
 def truncate_slowly(logits, top_p, top_k):
-    """Which tokens stay, of one row without ties."""
+    """Which tokens stay, of one row; and whether rounding or a tie could change that."""
     order = sorted(range(len(logits)), key=lambda token: -logits[token])[: top_k or len(logits)]
     weights = np.exp(np.array([logits[token] for token in order], np.float64) - max(logits))
     weights /= weights.sum()
@@ -59,7 +59,8 @@ def truncate_slowly(logits, top_p, top_k):
             break
         stay.add(token)
         mass += weight
-    return stay, np.abs(np.cumsum(weights) - top_p).min() < 1e-5
+    close = top_p < 1.0 and np.abs(np.cumsum(weights) - top_p).min() < 1e-5
+    return stay, close or len(set(logits.tolist())) < len(logits)
 
 
 def test_truncate(rng):
@@ -79,7 +80,7 @@ def test_truncate(rng):
             if not close:
                 assert set(np.flatnonzero(kept[i, j])) == stay
                 compared += 1
-    assert compared > 500
+    assert compared > 1000  # Of 1300.
 
 
 def test_truncate_keeps_ties_and_always_one():

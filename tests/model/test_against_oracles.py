@@ -20,6 +20,10 @@ from mimo_jax.model.mimo import head_logits
 from mimo_jax.sharding import Parallel
 
 BLOCK = 5
+TARGET_MISTAKES = [m for m in MISTAKES if m != "feature of the wrong layer"]
+DRAFTER_MISTAKES = [m for m in MISTAKES if m != "biased routing weights"]
+VISIBLE = 5e-3
+"""How much a mistake must change an example's outputs, by the oracle, for our model to show it."""
 
 
 def caches_of(attentions, batch, max_len):
@@ -140,7 +144,7 @@ def test_whole_sequences_without_a_cache_equal_the_oracle(rng):
         assert_close(got[0], logits[:length], "float32")
 
 
-@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m != "feature of the wrong layer"])
+@pytest.mark.parametrize("mistake", TARGET_MISTAKES)
 def test_a_mistake_would_be_caught(mistake, model_and_blocks):
     config, weights, tokens, got = model_and_blocks
     wrong, _ = target_forward(weights, config, tokens, mistake=mistake)
@@ -151,9 +155,12 @@ def test_a_mistake_would_be_caught(mistake, model_and_blocks):
 
 @pytest.fixture(scope="module")
 def model_and_blocks():
-    """One target and its logits, for every mistake to be compared with."""
-    rng = np.random.default_rng()
-    config, weights, tokens, logits, _ = fresh_example(rng)
+    """One target, in which every mistake matters, and its logits."""
+    rng, least = np.random.default_rng(), 0.0
+    while least < VISIBLE:  # In one of fifty, a sink that is scaled changes less.
+        config, weights, tokens, logits, _ = fresh_example(rng)
+        wrong = (target_forward(weights, config, tokens, mistake=m)[0] for m in TARGET_MISTAKES)
+        least = min(relative_norm(each, logits) for each in wrong)
     got, _ = run_blocks(to_tree.target(config, weights), tokens, rng)
     assert_close(got[0], logits, "float32")
     return config, weights, tokens, got[0]
@@ -194,14 +201,6 @@ def draft(model, drafter, residuals, config, tokens, starts, rng):
 @pytest.mark.parametrize("repeat", range(3))
 def test_drafter_equals_the_oracle_and_its_mistakes_are_caught(repeat, rng):
     config, weights, tokens, _, residuals = fresh_example(rng)
-    seeded = np.random.RandomState(rng.integers(2**32))
-    draft_config = random_drafter_config(config, seeded)
-    draft_weights = random_drafter(draft_config, seeded)
-    model, drafter = to_tree.target(config, weights), to_tree.drafter(draft_config, draft_weights)
-    window = draft_config["sliding_window"]
-    starts = np.array([1, window // 2, 2 * window, len(tokens) - 1], np.int32)
-    starts = np.minimum(starts, len(tokens) - 1)
-    got = draft(model, drafter, residuals, draft_config, tokens, starts, rng)
 
     def oracle(mistake=None):
         tapped = features(residuals, draft_config, mistake)
@@ -214,7 +213,18 @@ def test_drafter_equals_the_oracle_and_its_mistakes_are_caught(repeat, rng):
             ]
         )
 
-    assert_close(got, oracle(), "float32")
-    for mistake in MISTAKES:
-        if mistake != "biased routing weights":
-            assert relative_norm(got, oracle(mistake)) > 1e-3, mistake
+    least = 0.0
+    while least < VISIBLE:
+        seeded = np.random.RandomState(rng.integers(2**32))
+        draft_config = random_drafter_config(config, seeded)
+        draft_weights = random_drafter(draft_config, seeded)
+        window = draft_config["sliding_window"]
+        starts = np.array([1, window // 2, 2 * window, len(tokens) - 1], np.int32)
+        starts = np.minimum(starts, len(tokens) - 1)
+        right, wrong = oracle(), {mistake: oracle(mistake) for mistake in DRAFTER_MISTAKES}
+        least = min(relative_norm(each, right) for each in wrong.values())
+    model, drafter = to_tree.target(config, weights), to_tree.drafter(draft_config, draft_weights)
+    got = draft(model, drafter, residuals, draft_config, tokens, starts, rng)
+    assert_close(got, right, "float32")
+    for mistake, each in wrong.items():
+        assert relative_norm(got, each) > 1e-3, mistake

@@ -46,8 +46,14 @@ def test_goldens_are_small_and_complete():
 
 
 @pytest.mark.parametrize("mistake", [m for m in MISTAKES if m != "biased routing weights"])
-def test_a_mistake_in_the_drafter_is_seen(mistake):
-    rng = np.random.RandomState(np.random.SeedSequence().entropy % 2**32)
+def test_a_mistake_in_the_drafter_is_seen(mistake, rng):
+    # Some drafters hardly mind that a sink is scaled; of three, one does.
+    assert max(effect_of(mistake, int(rng.integers(2**32))) for _ in range(3)) > 1e-3
+
+
+def effect_of(mistake, seed) -> float:
+    """How much the mistake changes a random drafter's logits."""
+    rng = np.random.RandomState(seed)
     target = random_config(rng)
     config = random_drafter_config(target, rng)
     weights, draft = random_checkpoint(target, rng), random_drafter(config, rng)
@@ -61,11 +67,11 @@ def test_a_mistake_in_the_drafter_is_seen(mistake):
         tapped = features(residuals, config, mistake)
         return drafter_forward(draft, config, weights, tapped, int(tokens[0]), start, mistake)[0]
 
-    assert relative_norm(run(mistake), run(None)) > 1e-3
+    return relative_norm(run(mistake), run(None))
 
 
-def test_the_drafter_sees_context_before_the_anchor_only():
-    rng = np.random.RandomState(np.random.SeedSequence().entropy % 2**32)
+def test_the_drafter_sees_context_before_the_anchor_only(rng):
+    rng = np.random.RandomState(rng.integers(2**32))
     target = random_config(rng)
     config = random_drafter_config(target, rng)
     weights, draft = random_checkpoint(target, rng), random_drafter(config, rng)
