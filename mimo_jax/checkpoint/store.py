@@ -15,20 +15,20 @@ there are key/value heads.
 
 import dataclasses
 import json
-import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from mimo_jax.checkpoint.flat import flatten, nest
+from mimo_jax.checkpoint.flat import flatten
 from mimo_jax.checkpoint.manifest import (
     AGAIN,
     CODES,
@@ -41,6 +41,7 @@ from mimo_jax.checkpoint.manifest import (
     hash_bytes,
     write_atomically,
 )
+from mimo_jax.checkpoint.tree import open_array, write_tree
 from mimo_jax.config import SLIDING, AttentionConfig, DrafterConfig, ModelConfig, read_json
 from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import regroup
@@ -131,7 +132,7 @@ def save(
         raise MimoError("A drafter is saved with both drafter_config and drafter_params.")
     arrays = flatten({"target": params, "drafter": drafter_params or {}})
     entries = {name: ArrayEntry.of(array) for name, array in arrays.items()}
-    _check_entries(entries, config, drafter_config)
+    check_entries(entries, config, drafter_config)
     for name in entries:
         if name + SCALE in entries:
             _check_scales(name, arrays)
@@ -148,7 +149,7 @@ def save(
     for name, data in files.items():
         write_atomically(directory / name, data)
     shutil.rmtree(directory / PARAMS, ignore_errors=True)
-    _write(directory / PARAMS, arrays)
+    write_tree(directory / PARAMS, arrays)
     manifest = dataclasses.replace(manifest, blobs=describe_blobs(directory / PARAMS))
     manifest.write(directory)
     return manifest
@@ -172,7 +173,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if DRAFTER in manifest.files:
         drafter = DrafterConfig.from_dict(read_json(directory / DRAFTER))
         drafter.check_target(config)
-    _check_entries(manifest.arrays, config, drafter)
+    check_entries(manifest.arrays, config, drafter)
     return Checkpoint(directory, config, drafter, manifest)
 
 
@@ -292,7 +293,8 @@ def read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
       MimoError: naming the array that is missing or damaged.
     """
     arrays = {}
-    for name, pending in {name: _start_reading(checkpoint, name) for name in names}.items():
+    opened = {name: open_array(_folder(checkpoint, name), name) for name in names}
+    for name, pending in opened.items():
         try:
             arrays[name] = _finish_reading(pending)
         except Exception:  # Whatever TensorStore raises, for files in whatever state.
@@ -300,19 +302,11 @@ def read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
                 f"{name} cannot be read from {_folder(checkpoint, name)}: files are missing, "
                 f"cut short or damaged. {AGAIN}"
             ) from None
-        checkpoint.manifest.arrays[name].check(name, arrays[name])
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        entries = checkpoint.manifest.arrays
+        # Taken one after the other: the first damaged array's error is raised.
+        list(pool.map(lambda name: entries[name].check(name, arrays[name]), arrays))
     return arrays
-
-
-def _start_reading(checkpoint: Checkpoint, name: str) -> Any:
-    """Opens one array of Orbax's tree through TensorStore, as Orbax does; a future.
-
-    Orbax's own restore fails as a whole, without a name, and leaves callbacks behind that print
-    tracebacks; it also wants an event loop of its own inside notebooks.
-    """
-    base = f"{_folder(checkpoint, name).absolute().as_uri()}/"
-    store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
 
 
 def _folder(checkpoint: Checkpoint, name: str) -> Path:
@@ -321,24 +315,6 @@ def _folder(checkpoint: Checkpoint, name: str) -> Path:
 
 def _finish_reading(pending: Any) -> np.ndarray:
     return pending.result().read().result()
-
-
-def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Saves with Orbax, which keeps its remarks to itself."""
-    import orbax.checkpoint as ocp
-
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute(), nest(arrays))
-    finally:
-        logger.setLevel(level)
-    # Orbax writes the folder's absolute path into it; that it is there is all that counts.
-    marker = folder / "commit_success.txt"
-    if marker.exists():
-        marker.write_text("committed\n")
 
 
 def _batches(names: list[str], manifest: Manifest) -> Iterator[list[str]]:
@@ -366,7 +342,7 @@ def _check_scales(name: str, arrays: dict[str, np.ndarray]) -> None:
         raise error
 
 
-def _check_entries(
+def check_entries(
     entries: dict[str, ArrayEntry], config: ModelConfig, drafter: DrafterConfig | None
 ) -> None:
     """Raises a MimoError unless the arrays are those of the configuration, on one device."""
