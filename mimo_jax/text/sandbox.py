@@ -33,6 +33,18 @@ class Refusal(TemplateError):
 class Sandbox(sandbox.ImmutableSandboxedEnvironment):
     """Refuses what jinja2's sandbox would answer with an undefined value that prints as nothing."""
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute or an entry, of a name without two leading underscores."""
+        if attribute.startswith("__"):
+            return self.unsafe_undefined(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An entry or an attribute; names with two leading underscores are entries of dicts."""
+        if isinstance(argument, str) and argument.startswith("__") and not isinstance(obj, dict):
+            return self.unsafe_undefined(obj, argument)
+        return super().getitem(obj, argument)
+
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         """Raises, for an attribute that is none of a template's business."""
         raise SecurityError(f"the attribute {attribute!r} of a {type(obj).__name__} is not allowed")
