@@ -27,9 +27,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--experts",
-        choices=("auto", "packed", "dequantized"),
+        choices=("auto", "packed", "dequantized", "mxfp4"),
         default="auto",
-        help="MXFP4 in memory, or decoded once; auto (default) decodes on CPUs",
+        help="MXFP4 in memory, or decoded once; auto (default) decodes on CPUs; mxfp4 quantises "
+        "what a released checkpoint stores otherwise",
+    )
+    group.add_argument(
+        "--linear",
+        choices=("decoded", "fp8"),
+        default="decoded",
+        help="FP8 weights decoded once (default), or at each use: less memory",
     )
     group.add_argument("--max-len", type=int, metavar="N", help="tokens that the cache holds")
 
@@ -47,5 +54,9 @@ def load_model(options: argparse.Namespace) -> "Engine":
             "checkpoint with --model DIR."
         )
     return mimo_jax.load(
-        path, devices=options.devices, max_len=options.max_len, experts=options.experts
+        path,
+        devices=options.devices,
+        max_len=options.max_len,
+        experts=options.experts,
+        linear=options.linear,
     )
