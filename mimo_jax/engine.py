@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mimo_jax.checkpoint import released, store
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS, Decoding
 from mimo_jax.decode.options import Options
 from mimo_jax.decode.output import Output, Piece
@@ -26,6 +26,9 @@ from mimo_jax.text.tokenizer import Detokenizer, Tokenizer
 
 DEFAULT_MAX_LEN = 4096
 """Cache length where the model's context is longer and none is asked for."""
+
+DRAFTERS = {"dflash": "drafter", "mtp": "mtp"}
+"""Kinds of drafter, and the parts of a checkpoint that have their parameters."""
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -41,7 +44,7 @@ class Engine:
 
     Attributes:
       config: of the target.
-      drafter: of the drafter, or None.
+      drafter: of the drafter, DFlash or MTP, or None.
       tokenizer: of the checkpoint.
       max_len: tokens that a sequence may have, prompt included.
       experts: "packed", "dequantized" or "dense".
@@ -59,7 +62,7 @@ class Engine:
         progress: bool,
     ):
         self.config: ModelConfig = plan.config
-        self.drafter: DrafterConfig | None = plan.drafter
+        self.drafter: AnyDrafterConfig | None = plan.drafter
         self.tokenizer = tokenizer
         self.max_len = max_len
         self.experts = experts
@@ -187,7 +190,10 @@ class Engine:
         first = self._plan.mesh.devices.flat[0]
         held = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == first)
         moe, full = sum(config.moe_layer_freq), config.hybrid_layer_pattern.count(0)
-        drafter = "none" if self.drafter is None else f"{self.drafter.num_hidden_layers} layers"
+        drafter = "none"
+        if self.drafter is not None:
+            kind = next(kind for kind, part in DRAFTERS.items() if part == self.drafter.part)
+            drafter = f"{kind}, {self.drafter.num_hidden_layers} layers"
         return "\n".join(
             [
                 f"layers      {config.num_hidden_layers}: {full} full attention, {moe} with "
@@ -319,7 +325,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     devices: int | Sequence[Any] | None = None,
-    drafter: bool = True,
+    drafter: bool | str = True,
     max_len: int | None = None,
     experts: str = "auto",
     linear: str = "decoded",
@@ -333,7 +339,9 @@ def load(
       path: directory of the checkpoint: ours, or one that Xiaomi released, as downloaded.
       mesh: from `make_mesh`.
       devices: instead of a mesh: how many devices, or which; all of them by default.
-      drafter: False leaves it out: decoding is plain, at its fastest, with a block of 1.
+      drafter: "dflash", or "mtp", the target's own multi-token-prediction layers; True is the
+        first that the checkpoint has; False leaves both out: decoding is plain, at its fastest,
+        with a block of 1.
       max_len: tokens that a sequence may have, prompt included; by default the model's context, and
         at most 4096.
       experts: "packed" keeps MXFP4 in memory; "dequantized" decodes it once, here: the same
@@ -343,7 +351,7 @@ def load(
         quantises them here, which changes them.
       linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
-        memory. MTP layers are decoded.
+        memory.
       layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
       dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
       progress: say on stderr what takes time.
@@ -370,7 +378,7 @@ def load(
         if progress:
             print(message, file=sys.stderr, flush=True)
 
-    drafted = checkpoint.drafter if drafter else None
+    drafted = _drafter(drafter, checkpoint)
     if drafter and drafted is None:
         say(f"{path} has no drafter: decoding is plain.")
 
@@ -391,9 +399,11 @@ def load(
     if isinstance(checkpoint, released.Released):
         for note in checkpoint.notes:
             say(note)
-        params = released.load(checkpoint, plan.params, plan.param_shardings, _reporter(say))
+        params = released.load(
+            checkpoint, plan.params, plan.param_shardings, _reporter(say), plan.parts
+        )
     else:
-        params = store.load(checkpoint, plan.params, plan.param_shardings)
+        params = store.load(checkpoint, plan.params, plan.param_shardings, parts=plan.parts)
     jax.block_until_ready(params)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     how = (
@@ -409,10 +419,29 @@ def load(
     )
 
 
-def _open(path: str | Path, drafter: bool) -> store.Checkpoint | released.Released:
+def _drafter(
+    wanted: bool | str, checkpoint: store.Checkpoint | released.Released
+) -> AnyDrafterConfig | None:
+    """The drafter that is asked for, or the first that there is."""
+    if wanted is False:
+        return None
+    found = {kind: getattr(checkpoint, part) for kind, part in DRAFTERS.items()}
+    present = [kind for kind, config in found.items() if config is not None]
+    if wanted is True:
+        return found[present[0]] if present else None
+    if wanted not in present:
+        raise MimoError(
+            f"drafter={wanted!r} is not allowed: {checkpoint.directory} has "
+            f"{' and '.join(map(repr, present)) or 'no drafter'}; True takes what there is, False "
+            "leaves it out."
+        )
+    return found[wanted]
+
+
+def _open(path: str | Path, drafter: bool | str) -> store.Checkpoint | released.Released:
     """Our checkpoints have a manifest; whatever else holds safetensors is taken as released."""
     if not (Path(path) / store.NAME).exists() and released.is_released(path):
-        return released.open_released(path, drafter=drafter)
+        return released.open_released(path, drafter=drafter in (True, "dflash"))
     return store.open_checkpoint(path)
 
 

@@ -29,7 +29,7 @@ from mimo_jax.checkpoint.xiaomi import (
     detect,
     recipes,
 )
-from mimo_jax.config import DrafterConfig, ModelConfig, parse_json, read_json
+from mimo_jax.config import DrafterConfig, ModelConfig, MTPConfig, parse_json, read_json
 from mimo_jax.errors import MimoError
 from mimo_jax.quant import fp8
 
@@ -74,6 +74,12 @@ class Released:
         if not path.is_file():
             raise MimoError(f"{path} is missing: text cannot be encoded. Fetch it too.")
         return path
+
+    @property
+    def mtp(self) -> MTPConfig | None:
+        """The target's MTP layers, if there are any."""
+        layers = self.config.num_nextn_predict_layers
+        return MTPConfig(self.config, layers) if layers else None
 
     @property
     def packed(self) -> bool:

@@ -4,8 +4,9 @@ A checkpoint is a directory:
 
     config.json      the target's ModelConfig
     drafter.json     the drafter's DrafterConfig, if there is a drafter
+    mtp.json         the MTPConfig of the target's MTP layers, if there are any
     tokenizer.json   as the `tokenizers` library writes it
-    params/          Orbax, OCDBT: {"target": ..., "drafter": ...}
+    params/          Orbax, OCDBT: {"target": ..., "drafter": ..., "mtp": ...}
     manifest.json    shapes, dtypes and content hashes; written last, so that it marks completeness
 
 Orbax does not see flipped bits (measured: 40 of 40 were restored without an error), hence the
@@ -17,8 +18,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +44,23 @@ from mimo_jax.checkpoint.manifest import (
     write_atomically,
 )
 from mimo_jax.checkpoint.tree import open_array, write_tree
-from mimo_jax.config import SLIDING, AttentionConfig, DrafterConfig, ModelConfig, read_json
+from mimo_jax.config import (
+    SLIDING,
+    AnyDrafterConfig,
+    AttentionConfig,
+    DrafterConfig,
+    ModelConfig,
+    MTPConfig,
+    read_json,
+)
 from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import regroup
-from mimo_jax.model.dflash import Drafter
+from mimo_jax.model.drafters import make_drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.quant import fp8, mxfp4
 from pallas_kernels.mxfp4 import decode
 
-CONFIG, DRAFTER, TOKENIZER = "config.json", "drafter.json", "tokenizer.json"
+CONFIG, DRAFTER, MTP, TOKENIZER = "config.json", "drafter.json", "mtp.json", "tokenizer.json"
 SCALE = "_scale"
 BATCH_BYTES = 1 << 28
 """Bytes read at a time: what reading needs of host memory, however large the checkpoint is."""
@@ -64,6 +74,7 @@ class Checkpoint:
     config: ModelConfig
     drafter: DrafterConfig | None
     manifest: Manifest
+    mtp: MTPConfig | None = None
 
     @property
     def tokenizer(self) -> Path:
@@ -87,7 +98,7 @@ class Checkpoint:
     @property
     def fp8(self) -> bool:
         """Whether the target's attention projections and dense MLPs are stored as FP8."""
-        return any(name.endswith(f".qkv{SCALE}") for name in self.manifest.arrays)
+        return _has_fp8(self.manifest.arrays, "target")
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +113,8 @@ def save(
     drafter_config: DrafterConfig | None = None,
     drafter_params: Any = None,
     *,
+    mtp_config: MTPConfig | None = None,
+    mtp_params: Any = None,
     tokenizer: str | Path | None = None,
     notes: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -115,6 +128,8 @@ def save(
         them (MiMo with shards=1). Experts may be MXFP4 or dense.
       drafter_config: of the drafter, or None.
       drafter_params: likewise.
+      mtp_config: of the target's MTP layers, or None.
+      mtp_params: likewise.
       tokenizer: a tokenizer.json to copy.
       notes: remarks for the manifest; JSON.
       overwrite: replace a checkpoint that is there already.
@@ -128,24 +143,29 @@ def save(
         raise MimoError(
             f"{directory} holds a checkpoint already: pass overwrite=True or choose another."
         )
-    if (drafter_config is None) != (drafter_params is None):
-        raise MimoError("A drafter is saved with both drafter_config and drafter_params.")
-    arrays = flatten({"target": params, "drafter": drafter_params or {}})
+    pairs = (("drafter", drafter_config, drafter_params), ("mtp", mtp_config, mtp_params))
+    for part, shapes, values in pairs:
+        if (shapes is None) != (values is None):
+            raise MimoError(f"A drafter is saved with both {part}_config and {part}_params.")
+    arrays = flatten({"target": params, "drafter": drafter_params or {}, "mtp": mtp_params or {}})
     entries = {name: ArrayEntry.of(array) for name, array in arrays.items()}
-    check_entries(entries, config, drafter_config)
+    check_entries(entries, config, drafter_config, mtp_config)
     for name in entries:
         if name + SCALE in entries:
             _check_scales(name, arrays)
     files = {CONFIG: _to_json(config.to_dict())}
     if drafter_config is not None:
         files[DRAFTER] = _to_json(drafter_config.to_dict())
+    if mtp_config is not None:
+        mtp_config.check_target(config)
+        files[MTP] = _to_json(mtp_config.to_dict())
     if tokenizer is not None:
         files[TOKENIZER] = Path(tokenizer).read_bytes()
     manifest = Manifest(entries, {k: hash_bytes(v) for k, v in files.items()}, notes or {})
     directory.mkdir(parents=True, exist_ok=True)
     (directory / NAME).unlink(missing_ok=True)
-    if DRAFTER not in files:
-        (directory / DRAFTER).unlink(missing_ok=True)
+    for name in {DRAFTER, MTP} - files.keys():
+        (directory / name).unlink(missing_ok=True)
     for name, data in files.items():
         write_atomically(directory / name, data)
     shutil.rmtree(directory / PARAMS, ignore_errors=True)
@@ -165,16 +185,18 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     manifest = Manifest.read(directory)
     manifest.check_files(directory)
     manifest.check_blobs(directory)
-    for name, needed in ((CONFIG, True), (DRAFTER, False)):
+    for name, needed in ((CONFIG, True), (DRAFTER, False), (MTP, False)):
         if (needed or (directory / name).exists()) and name not in manifest.files:
             raise MimoError(f"{directory / name} is not listed in the manifest. {AGAIN}")
     config = ModelConfig.from_dict(read_json(directory / CONFIG))
-    drafter = None
+    drafter = mtp = None
     if DRAFTER in manifest.files:
         drafter = DrafterConfig.from_dict(read_json(directory / DRAFTER))
         drafter.check_target(config)
-    check_entries(manifest.arrays, config, drafter)
-    return Checkpoint(directory, config, drafter, manifest)
+    if MTP in manifest.files:
+        mtp = MTPConfig.from_dict(read_json(directory / MTP), config)
+    check_entries(manifest.arrays, config, drafter, mtp)
+    return Checkpoint(directory, config, drafter, manifest, mtp)
 
 
 def load(
@@ -182,6 +204,7 @@ def load(
     params: tuple[nnx.State, nnx.State | None],
     shardings: tuple[Any, Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    parts: tuple[str, str] = ("target", "drafter"),
 ) -> tuple[nnx.State, nnx.State | None]:
     """Reads parameters onto a mesh, each checked against its hash before anything uses it.
 
@@ -195,6 +218,7 @@ def load(
         drafter its arrays are not read.
       shardings: NamedShardings in the same trees.
       progress: called with the bytes read so far and all bytes to read.
+      parts: what the names of each state's parameters begin with: "mtp" where those layers draft.
 
     Returns:
       the states, with arrays.
@@ -204,7 +228,7 @@ def load(
     """
     wanted = {
         f"{part}.{'.'.join(map(str, path))}": (variable, sharding)
-        for part, state, placed in zip(("target", "drafter"), params, shardings, strict=True)
+        for part, state, placed in zip(parts, params, shardings, strict=True)
         if state is not None
         for (path, variable), (_, sharding) in zip(
             nnx.to_flat_state(state), nnx.to_flat_state(placed), strict=True
@@ -228,7 +252,7 @@ def load(
         done += sum(array.nbytes for array in arrays.values())
         progress(done, total)
     states = []
-    for part, state in zip(("target", "drafter"), params, strict=True):
+    for part, state in zip(parts, params, strict=True):
         if state is not None:
             paths = [path for path, _ in nnx.to_flat_state(state)]
             state = nnx.from_flat_state(
@@ -343,17 +367,19 @@ def _check_scales(name: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def check_entries(
-    entries: dict[str, ArrayEntry], config: ModelConfig, drafter: DrafterConfig | None
+    entries: dict[str, ArrayEntry], config: ModelConfig, *drafters: AnyDrafterConfig | None
 ) -> None:
     """Raises a MimoError unless the arrays are those of the configuration, on one device."""
     packed = any(name.endswith(f".experts.gate_up{SCALE}") for name in entries)
-    quantized = any(name.endswith(f".qkv{SCALE}") for name in entries)
+    quantized = _has_fp8(entries, "target")
     expected = {
         f"target.{name}": v
         for name, v in _abstract(lambda r: MiMo(config, r, packed=packed, fp8=quantized))
     }
-    if drafter is not None:
-        expected |= {f"drafter.{name}": v for name, v in _abstract(lambda r: Drafter(drafter, r))}
+    for drafter in (d for d in drafters if d is not None):
+        more = {"fp8": _has_fp8(entries, drafter.part), "dtype": jnp.bfloat16}
+        flat = _abstract(partial(make_drafter, drafter, **more))
+        expected |= {f"{drafter.part}.{name}": v for name, v in flat}
     missing, extra = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected)
     if missing or extra:
         raise MimoError(
@@ -373,6 +399,11 @@ def check_entries(
         allowed = (variable.dtype.name,) if exact else FLOATS
         if entry.dtype not in allowed:
             raise MimoError(f"{name} has dtype {entry.dtype}; allowed are {', '.join(allowed)}.")
+
+
+def _has_fp8(names: Iterable[str], part: str) -> bool:
+    """Whether a part of the parameters has FP8 projections."""
+    return any(n.startswith(f"{part}.") and n.endswith(f".qkv{SCALE}") for n in names)
 
 
 def _abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> list[tuple[str, nnx.Variable]]:

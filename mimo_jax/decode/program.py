@@ -14,7 +14,7 @@ from mimo_jax.decode.loop import decode
 from mimo_jax.decode.prefill import prefill
 from mimo_jax.decode.sampling import Request
 from mimo_jax.decode.state import State, init_state, state_specs
-from mimo_jax.model.drafters import drafter_class
+from mimo_jax.model.drafters import make_drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import (
     AXIS,
@@ -97,6 +97,11 @@ class Plan:
         return shardings(self.param_specs, self.mesh)
 
     @property
+    def parts(self) -> tuple[str, str]:
+        """What the names of each state's parameters begin with, in a checkpoint."""
+        return "target", "drafter" if self.drafter is None else self.drafter.part
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """Layers of the target that the drafter reads."""
         return () if self.drafter is None else self.drafter.target_layer_ids
@@ -120,7 +125,7 @@ def make_plan(
       mesh: from `make_mesh`; or an abstract one, to learn sizes from.
       layout: "tensor" cuts every expert, "expert" gives each device whole ones.
       packed: whether experts are MXFP4; by default as the config says.
-      fp8: whether the target's attention projections and dense MLPs are FP8.
+      fp8: whether the target's, and MTP layers', attention projections and dense MLPs are FP8.
       dtype: of the other weights.
 
     Raises:
@@ -136,8 +141,9 @@ def make_plan(
     draft_graph = draft_params = None
     if drafter is not None:
         drafter.check_target(config)
-        build = drafter_class(drafter)
-        draft = nnx.eval_shape(lambda: build(drafter, ShapesOnly(), shards=shards, dtype=dtype))
+        draft = nnx.eval_shape(
+            lambda: make_drafter(drafter, ShapesOnly(), shards=shards, fp8=fp8, dtype=dtype)
+        )
         draft_graph, draft_params = nnx.split(draft)
         check_divisible(draft_params, mesh, RULES[layout])
     return Plan(config, drafter, mesh, layout, (graph, draft_graph), (params, draft_params))

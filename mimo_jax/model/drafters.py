@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.config import AnyDrafterConfig, DrafterConfig, MTPConfig
@@ -95,5 +96,21 @@ _CLASSES: dict[type, Any] = {DrafterConfig: Drafter, MTPConfig: MTP}
 
 
 def drafter_class(config: AnyDrafterConfig) -> type[DrafterKind]:
-    """The module of a configuration: `drafter_class(config)(config, rngs, shards=1, dtype=...)`."""
+    """The module's class of a configuration."""
     return _CLASSES[type(config)]
+
+
+def make_drafter(
+    config: AnyDrafterConfig, rngs: nnx.Rngs, *, shards: int = 1, fp8: bool = False, dtype: Any
+) -> Any:
+    """The module of a configuration.
+
+    Args:
+      config: the shapes.
+      rngs: streams of random keys for the initial values.
+      shards: devices that key/value heads must be spread over.
+      fp8: whether MTP layers have FP8 where the target has it; a DFlash drafter never does.
+      dtype: of the other weights.
+    """
+    quantized = {"fp8": fp8} if isinstance(config, MTPConfig) else {}
+    return _CLASSES[type(config)](config, rngs, shards=shards, dtype=dtype, **quantized)

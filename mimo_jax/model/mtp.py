@@ -43,7 +43,7 @@ class MTPContext:
 class MTPLayer(nnx.Module):
     """One layer, on rows of a token's embedding and a hidden state."""
 
-    def __init__(self, config: MTPConfig, shards: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MTPConfig, shards: int, fp8: bool, dtype, rngs: nnx.Rngs):
         d, epsilon = config.target.hidden_size, config.target.layernorm_epsilon
         attention = config.attention
         self.token_norm = RMSNorm(d, epsilon, dtype, rngs)
@@ -52,9 +52,10 @@ class MTPLayer(nnx.Module):
         init = normal(INIT_SCALE)
         self.projection = param(rngs, (d, 2 * d), ("feature", None), dtype, init)
         self.input_norm = RMSNorm(d, epsilon, dtype, rngs)
-        self.attention = Attention(attention, max(shards, attention.num_kv_heads), dtype, rngs)
+        groups = max(shards, attention.num_kv_heads)
+        self.attention = Attention(attention, groups, dtype, rngs, fp8)
         self.post_norm = RMSNorm(d, epsilon, dtype, rngs)
-        self.ffn = DenseMLP(d, config.target.intermediate_size, dtype, rngs)
+        self.ffn = DenseMLP(d, config.target.intermediate_size, dtype, rngs, fp8)
         self.norm = RMSNorm(d, epsilon, dtype, rngs)
 
     def extend(
@@ -109,12 +110,21 @@ class MTP(nnx.Module):
       config: the shapes.
       rngs: streams of random keys for the initial values.
       shards: devices that key/value heads must be spread over.
-      dtype: of all weights.
+      fp8: whether attention's input projections and the MLPs are FP8.
+      dtype: of the other weights.
     """
 
-    def __init__(self, config: MTPConfig, rngs: nnx.Rngs, *, shards: int = 1, dtype=jnp.bfloat16):
+    def __init__(
+        self,
+        config: MTPConfig,
+        rngs: nnx.Rngs,
+        *,
+        shards: int = 1,
+        fp8: bool = False,
+        dtype=jnp.bfloat16,
+    ):
         self.layers = nnx.List(
-            MTPLayer(config, shards, dtype, rngs) for _ in range(config.num_hidden_layers)
+            MTPLayer(config, shards, fp8, dtype, rngs) for _ in range(config.num_hidden_layers)
         )
         self.block_size = config.block_size
         self.hidden_normed = config.hidden_normed
