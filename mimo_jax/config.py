@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from mimo_jax.errors import MimoError
 from mimo_jax.fields import check_fields, shown
+from mimo_jax.transformers_config import TYPES, to_xiaomi
 
 FULL, SLIDING = 0, 1
 """Kinds of attention in `hybrid_layer_pattern`."""
@@ -145,6 +146,7 @@ class ModelConfig:
         Raises:
           MimoError: for an architecture field that is unknown or has a value that is not supported.
         """
+        fields = to_xiaomi(check_fields(cls, fields, _READ_AS_WELL | TYPES))
         fields = _flatten_rope(check_fields(cls, fields, _READ_AS_WELL))
         fields = check_fields(cls, fields, _READ_AS_WELL)
         eos = fields.get("eos_token_id")
@@ -195,9 +197,13 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-    """A DFlash drafter; the fields have their names in the drafter's config.json.
+    """A DFlash drafter; most fields have their names in the drafter's config.json.
 
     `target_layer_ids` are 0-based layers of the target, whose outputs are the drafter's features.
+    `layer_types` has "full_attention" or "sliding_attention" for each layer where they are mixed;
+    empty, they slide if there is a `sliding_window`, and are full if there is none.
+    `causal_layers` is ours: layers in which a row of the block sees only the rows before it, and
+    itself; in all others the block is seen in both directions.
     """
 
     part: ClassVar[str] = "drafter"
@@ -214,25 +220,48 @@ class DrafterConfig:
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
     rope_theta: float
-    sliding_window: int
+    sliding_window: int | None = None
     partial_rotary_factor: float = 1.0
     rms_norm_eps: float = 1e-6
     attention_value_scale: float | None = None
     add_swa_attention_sink_bias: bool = False
+    layer_types: tuple[str, ...] = ()
+    causal_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         _require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
         kv, heads = self.num_key_value_heads, self.num_attention_heads
         fits = kv > 0 and heads % kv == 0
         _require(fits, "num_key_value_heads", kv, f"a divisor of num_attention_heads={heads}")
+        types, layers = self.layer_types, self.num_hidden_layers
+        fits = not types or len(types) == layers and set(types) <= {FULL_LAYER, SLIDING_LAYER}
+        allowed = f"{FULL_LAYER!r} or {SLIDING_LAYER!r} for each of {layers} layers"
+        _require(fits, "layer_types", types, allowed)
         window, block = self.sliding_window, self.block_size
-        _require(window >= block, "sliding_window", window, f"at least block_size={block}")
+        _require(
+            window is not None or SLIDING_LAYER not in types, "sliding_window", window, "a number"
+        )
+        fits = window is None or window >= block
+        _require(fits, "sliding_window", window, f"at least block_size={block}")
+        slides = any(self.attention_of(layer).window for layer in range(layers))
+        sinks = self.add_swa_attention_sink_bias
+        _require(
+            slides or not sinks, "add_swa_attention_sink_bias", sinks, "false: no layer slides"
+        )
+        causal = self.causal_layers
+        _require(all(i < layers for i in causal), "causal_layers", causal, f"below {layers}")
         ids = self.target_layer_ids
         _require(len(ids) > 0 and min(ids) >= 0, "target_layer_ids", ids, "layers from 0 on")
 
     @property
     def attention(self) -> AttentionConfig:
-        """Shapes of each layer's attention."""
+        """Shapes of each layer's attention; windows and sinks may differ, and are the first's."""
+        return self.attention_of(0)
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """Shapes of one layer's attention."""
+        full = self.layer_types and self.layer_types[layer] == FULL_LAYER
+        window = None if full else self.sliding_window
         return AttentionConfig(
             hidden_size=self.hidden_size,
             num_heads=self.num_attention_heads,
@@ -241,9 +270,9 @@ class DrafterConfig:
             v_head_dim=self.head_dim,
             rotary_dim=int(self.head_dim * self.partial_rotary_factor),
             rope_theta=self.rope_theta,
-            window=self.sliding_window,
+            window=window,
             value_scale=self.attention_value_scale or 1.0,
-            sink=self.add_swa_attention_sink_bias,
+            sink=self.add_swa_attention_sink_bias and window is not None,
         )
 
     def check_target(self, target: ModelConfig) -> None:
@@ -260,15 +289,20 @@ class DrafterConfig:
     def from_dict(cls, fields: dict[str, Any]) -> "DrafterConfig":
         """Reads a drafter's config.json, with `dflash_config` inside it or its fields beside it.
 
+        Xiaomi's and z-lab's files are read. Where a file gives the kinds of its layers and does not
+        say whether its block is causal, it is in layers that slide, as the servers that run such
+        files have it.
+
         Raises:
           MimoError: for a field that is missing, unknown or not supported.
         """
         fields = check_fields(cls, fields, _READ_AS_WELL)
-        fields = _flatten_rope(fields | fields.pop("dflash_config", {}))
-        fields = check_fields(cls, fields, _READ_AS_WELL)
-        fields.setdefault("sliding_window", fields.pop("swa_window_size", None))
+        fields = fields | fields.pop("dflash_config", {})
+        _refuse_other_drafters(fields)
+        fields = check_fields(cls, _flatten_rope(fields), _READ_AS_WELL)
         if fields.pop("attention_sink_bias", False):
             fields["add_swa_attention_sink_bias"] = True
+        _read_layers(fields)
         names = {field.name for field in dataclasses.fields(cls)}
         for name, allowed in _DRAFTER_FIXED.items():
             if name in fields:
@@ -378,12 +412,37 @@ AnyDrafterConfig = DrafterConfig | MTPConfig
 `target_layer_ids`, `check_target` and `to_dict`."""
 
 
+FULL_LAYER, SLIDING_LAYER = "full_attention", "sliding_attention"
+"""Kinds of attention in a drafter's `layer_types`."""
+
+_OTHER_DRAFTERS = {
+    # Fields of drafters that are none of ours, and the values that change nothing.
+    "DFlash2's convolutions": ("conv_kernel_size", "conv_group_size"),
+    "DFlash2's candidate selector": ("selector_rank", "selector_top_k"),
+    "DSpark's heads": ("markov_rank", "markov_head_rank", "confidence_head", "runtime_block_size"),
+    "the format of speculators": (
+        "transformer_layer_config",
+        "speculators_model_type",
+        "speculators_config",
+        "aux_hidden_state_layer_ids",
+    ),
+    "a vocabulary of its own (t2d and d2t)": ("draft_vocab_size",),
+    "drafts from the anchor's row": ("sample_from_anchor",),
+    "interleaved RoPE": ("rope_is_neox_style", "rope_interleaved"),
+    "scaled embeddings or logits": (
+        "input_embedding_scale",
+        "output_multiplier",
+        "final_logit_softcapping",
+    ),
+}
+_NEUTRAL = {"sample_from_anchor": False, "rope_is_neox_style": True, "rope_interleaved": False}
+_OTHER_ARCHITECTURES = ("DFlash2", "DSpark", "Eagle", "Medusa", "Domino")
+
 _DRAFTER_FIXED = {
-    # None: read by nothing in the forward pass (dflash.md's training and serving keys).
+    # None: read by nothing in the forward pass; for training and serving.
     "attention_bias": (False,),
     "backbone_rotary_base": None,
     "hidden_act": ("silu",),
-    "is_causal": (False,),
     "loss_decay_gamma": None,
     "max_position_embeddings": None,
     "max_window_layers": None,
@@ -391,16 +450,16 @@ _DRAFTER_FIXED = {
     "num_target_layers": None,
     "rope_scaling": (None,),
     "tie_word_embeddings": None,
-    "use_sliding_window": (True,),
-    "use_swa": (True,),
 }
 
 
 _READ_AS_WELL = {
     # Fields that are none of ours, but that ours are made from.
+    "causal": bool,
     "dflash_config": dict,
     "eos_token_id": int | tuple[int, ...],
     "hybrid_block_size": int,
+    "is_causal": bool,
     "layer_types": tuple[str, ...],
     "moe_layer_freq": int | tuple[int, ...],
     "quantization_config": dict,
@@ -409,6 +468,8 @@ _READ_AS_WELL = {
     "sliding_window_size": int,
     "swa_num_attention_heads": int,
     "swa_window_size": int,
+    "use_sliding_window": bool,
+    "use_swa": bool,
 }
 
 
@@ -476,6 +537,55 @@ def _flatten_rope(fields: dict[str, Any]) -> dict[str, Any]:
         _require(kind == "default", "rope_type", kind, "'default'")
     fields |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     return fields
+
+
+def _refuse_other_drafters(fields: dict[str, Any]) -> None:
+    """Raises a MimoError that names what a drafter has and this package does not."""
+    names = fields.get("architectures") or ()
+    for name in names if isinstance(names, list | tuple) else ():
+        if any(word in str(name) for word in _OTHER_ARCHITECTURES):
+            raise MimoError(
+                f"architectures={shown(names)}: this kind of drafter is not supported. DFlash "
+                "drafters, DFlashDraftModel, are."
+            )
+    for what, known in _OTHER_DRAFTERS.items():
+        for name in known:
+            neutral = fields.get("vocab_size") if name == "draft_vocab_size" else _NEUTRAL.get(name)
+            if fields.pop(name, None) not in (None, neutral):
+                raise MimoError(
+                    f"The drafter has {what} ({name} in its config.json), which is not supported: "
+                    "take a DFlash drafter without."
+                )
+    for source in (fields.get("rope_scaling"), fields.get("rope_parameters")):
+        kind = (source or {}).get("rope_type", (source or {}).get("type", "default"))
+        if kind != "default":
+            raise MimoError(
+                f"The drafter has scaled RoPE (rope_type={shown(kind)}), YaRN or another, which is "
+                "not supported: take a drafter without."
+            )
+
+
+def _read_layers(fields: dict[str, Any]) -> None:
+    """Turns what files say of a drafter's layers into `layer_types` and `causal_layers` of ours."""
+    window = fields.pop("swa_window_size", None)
+    window = fields.pop("sliding_window", window)
+    types = list(fields.pop("layer_types", ()))
+    flags = {name: fields.pop(name, None) for name in ("use_sliding_window", "use_swa")}
+    for name, flag in flags.items():
+        fits = flag is not False or SLIDING_LAYER not in types
+        _require(fits, name, flag, f"true, or absent: layer_types has {SLIDING_LAYER!r}")
+    _require(window is not None or SLIDING_LAYER not in types, "sliding_window", window, "a number")
+    causal, again = fields.pop("causal", None), fields.pop("is_causal", None)
+    causal = causal if again is None else again
+    if causal is None:
+        sliding = [layer for layer, kind in enumerate(types) if kind == SLIDING_LAYER]
+    else:
+        sliding = list(range(fields.get("num_hidden_layers", 0))) if causal else []
+    fields.setdefault("causal_layers", sliding)
+    full = set(types) == {FULL_LAYER} or not types and False in flags.values()
+    fields["sliding_window"] = None if full else window
+    alike = set(types) in ({FULL_LAYER}, {SLIDING_LAYER})
+    fields["layer_types"] = [] if alike else types
 
 
 def _apply_defaults(fields: dict[str, Any]) -> None:

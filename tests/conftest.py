@@ -68,9 +68,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """A fresh generator for each test; a failure's report shows the seed that repeats it."""
+def _fresh_generator() -> np.random.Generator:
     seed = int(os.environ.get("MIMO_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
     print(f"MIMO_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A fresh generator for each test; a failure's report shows the seed that repeats it."""
+    return _fresh_generator()
+
+
+@pytest.fixture(scope="module")
+def module_rng() -> np.random.Generator:
+    """A fresh generator for what a file's tests share; the first test's report shows the seed."""
+    return _fresh_generator()

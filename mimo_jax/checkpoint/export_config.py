@@ -8,15 +8,15 @@ from typing import Any
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.xiaomi import DRAFTER_FOLDER, FP8, MXFP4, Layout
-from mimo_jax.config import FULL, DrafterConfig, ModelConfig
+from mimo_jax.config import FULL, FULL_LAYER, SLIDING_LAYER, DrafterConfig, ModelConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.transformers_config import KINDS, MLPS
 
 FORMATS = ("v2-flash", "v2.6")
 OURS = ("window_includes_self", "expert_format", "eos_token_ids", "num_nextn_predict_layers")
 """Fields of ModelConfig that config.json spells otherwise, or not at all."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-KINDS = ("full_attention", "sliding_attention")
 
 
 def target_fields(checkpoint: store.Checkpoint, layout: str, stored: Layout) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _for_transformers(config: ModelConfig) -> dict[str, Any]:
         "model_type": "mimo_v2_flash",
         "rms_norm_eps": config.layernorm_epsilon,
         "layer_types": [KINDS[kind] for kind in config.hybrid_layer_pattern],
-        "mlp_layer_types": [("dense", "sparse")[kind] for kind in config.moe_layer_freq],
+        "mlp_layer_types": [MLPS[kind] for kind in config.moe_layer_freq],
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": factor}
             for kind, theta in zip(KINDS, thetas, strict=True)
@@ -104,6 +104,11 @@ def _for_transformers(config: ModelConfig) -> dict[str, Any]:
 def drafter_fields(drafter: DrafterConfig) -> dict[str, Any]:
     """config.json of the drafter, as in a release's `dflash` folder."""
     fields = dataclasses.asdict(drafter)
+    windows = [drafter.attention_of(i).window for i in range(drafter.num_hidden_layers)]
+    fields["layer_types"] = [FULL_LAYER if w is None else SLIDING_LAYER for w in windows]
+    if not fields["causal_layers"]:
+        del fields["causal_layers"]
+        fields["is_causal"] = False
     inner = ("mask_token_id", "target_layer_ids")
     return {k: v for k, v in fields.items() if k not in inner} | {
         "architectures": ["DFlashDraftModel"],
