@@ -14,6 +14,7 @@ from mimo_jax.errors import MimoError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("mimo_jax.commands.chat", "talk with a model"),
+    "convert": ("mimo_jax.commands.convert", "make a checkpoint of ours out of a released one"),
     "export": ("mimo_jax.commands.export", "write Hugging Face safetensors"),
     "inspect": ("mimo_jax.commands.inspect", "say what a checkpoint holds"),
     "plan": ("mimo_jax.commands.plan", "say what a model needs on some devices"),

@@ -58,6 +58,7 @@ from mimo_jax.model.attention import regroup
 from mimo_jax.model.drafters import make_drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.quant import fp8, mxfp4
+from mimo_jax.sharding import ShapesOnly
 from pallas_kernels.mxfp4 import decode
 
 CONFIG, DRAFTER, MTP, TOKENIZER = "config.json", "drafter.json", "mtp.json", "tokenizer.json"
@@ -407,7 +408,7 @@ def _has_fp8(names: Iterable[str], part: str) -> bool:
 
 
 def _abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> list[tuple[str, nnx.Variable]]:
-    state = nnx.state(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: build(ShapesOnly())))
     return [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
 
 
