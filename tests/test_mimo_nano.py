@@ -42,18 +42,19 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.95, "seed": 11}
 
 
 @pytest.mark.parametrize(
-    "sampling",
+    ("sampling", "count", "length"),
     [
-        pytest.param({}, id="greedy"),
-        pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow),
+        pytest.param({}, 4, 128, id="greedy"),
+        pytest.param({}, PROMPTS, 256, id="greedy, long", marks=pytest.mark.slow),
+        pytest.param(SAMPLED, PROMPTS, 256, id="sampled, long", marks=pytest.mark.slow),
     ],
 )
-def test_drafting_changes_no_token(engine, prompts, sampling):
-    options = {"max_tokens": 256, "ignore_eos": True, **sampling}
-    drafted = engine.generate(prompts, **options)
-    plain = engine.generate(prompts, speculative=False, **options)
+def test_drafting_changes_no_token(engine, prompts, sampling, count, length):
+    options = {"max_tokens": length, "ignore_eos": True, **sampling}
+    drafted = engine.generate(prompts[:count], **options)
+    plain = engine.generate(prompts[:count], speculative=False, **options)
     for with_drafts, without in zip(drafted, plain, strict=True):
-        assert with_drafts.tokens == without.tokens and len(without.tokens) == 256
+        assert with_drafts.tokens == without.tokens and len(without.tokens) == length
         assert without.stats.acceptance_length == 1.0
     length = np.mean([output.stats.acceptance_length for output in drafted])
     # On 100 prompts it is 4.0 greedy, 1.7 at temperature 1. Less is a fault of the drafter's input.
