@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.expert_ffn.layout import Plan, unpack_stages
+from pallas_kernels.expert_ffn.slots import make_slots
 from pallas_kernels.mxfp4 import decode
 
 
@@ -18,17 +19,21 @@ class Interpreted:
     plan: Plan
     swiglu: bool
 
-    def gather(self, x_ref, row_ref, slot, group):
+    def fetch(self, x_ref, row_ref, slot, group):
         """[4, 8, slice] float32; a row of -1 is zeros."""
-        rows = []
+        rows, there = [], x_ref.shape[0]
         for i in range(8):
-            row = row_ref[slot, i]
+            row = (i if i < there else -1) if row_ref is None else row_ref[slot, i]
             values = x_ref[jnp.maximum(row, 0), :].astype(jnp.float32)
             rows.append(jnp.where(row >= 0, values, jnp.zeros_like(values)))
         x = jnp.stack(rows)
         width = self.plan.slice_columns
         pieces = [lax.rem(4 * group + warp, self.plan.column_warps) for warp in range(4)]
         return jnp.stack([lax.dynamic_slice_in_dim(x, piece * width, width, 1) for piece in pieces])
+
+    def operands(self, fetched):
+        """The same."""
+        return fetched
 
     def multiply(self, sums, x, part, stage_ref, group):
         """Adds one stage's product to sums [4, 16, 8]."""
@@ -38,7 +43,7 @@ class Interpreted:
         product = jnp.einsum("prk,pnk->prn", weights, x[:, :, part * width : (part + 1) * width])
         return product if sums is None else sums + product
 
-    def release(self):
+    def free(self, sums):
         """Nothing: the interpreter's memory has one proxy."""
 
     def put(self, sums, ref):
@@ -67,3 +72,38 @@ class Interpreted:
                 out_ref[target, pl.ds(unit * width, width)] = row.astype(out_ref.dtype)
 
             pl.when(target >= 0)(write)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The hooks of `grid.Grid`; blocks run one after another, so that none can wait for all."""
+
+    t: int
+    c: int
+    experts: int
+    ctas: int
+
+    @property
+    def words(self) -> int:
+        """Of a bit map that is not needed here."""
+        return 4
+
+    def meet(self, barrier_ref, block):
+        """Nothing: the kernel is run twice instead."""
+
+    def make_list(self, ids_ref, routing_ref, lists):
+        """The work list, by `make_slots`."""
+        slots = make_slots(ids_ref[...], routing_ref[...], self.experts)
+        for name in lists:
+            if name == "count":
+                lists[name][...] = slots.count[-1:]
+            elif name != "bits":
+                lists[name][...] = getattr(slots, name)
+
+    def add(self, results_ref, live_ref, out_ref, block):
+        """All of it, in each block: the last one has seen all results."""
+        results = results_ref[...].reshape(self.t, self.c, -1)
+        total = jnp.zeros_like(results[:, 0])
+        for i in range(self.c):
+            total = jnp.where(i < live_ref[...][:, None], total + results[:, i], total)
+        out_ref[...] = total

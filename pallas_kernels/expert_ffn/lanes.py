@@ -1,8 +1,8 @@
-"""What each lane of a warp does in the expert kernel, in PTX: gather x, multiply, finish a unit.
+"""What each lane of a warp does with one matrix, in PTX: fetch x, multiply, finish a unit.
 
-A class of four hooks. `interpreted.py` holds the same four in plain jnp, for machines without a
-GPU. Arrays between the hooks are `carriers`: flat, thread by thread, each thread's registers in
-vectors of four.
+A class of hooks. `interpreted.py` holds the same in plain jnp, for machines without a GPU. Arrays
+between the hooks are `carriers`: flat, thread by thread, each thread's registers in vectors of
+four.
 """
 
 import dataclasses
@@ -20,10 +20,16 @@ from pallas_kernels.expert_ffn.layout import Plan
 
 _LANES = 128
 # Decoded codes are bfloat16 times 2^-126 (their exponent field holds 2 bits); x is raised by 2^64
-# (exact) so that no product is subnormal, and the sums by the rest at the end.
+# (exact) so that no product is subnormal, and the sums by the rest at the end. Hidden values are
+# written raised.
 _RAISED = 0x5F805F80  # the pair (2^64, 2^64) in bfloat16
+_RAISE = 2.0**64
 _REST = 2.0**62
 _FOLDED_REST = 2.0**-2
+# Bits that no sum has: arithmetic makes one NaN only, 0x7FFFFFFF.
+_NEVER = 0x7FEDCBA9
+RELEASES = ("fence", "used", "late", "none")
+"""Ways to give a stage back to the copy engine, see `Lanes.release`; "late" is the ring's."""
 
 _DECODE = """
 and.b32 a0, {w}, 0x81C081C0;
@@ -70,6 +76,15 @@ _FOLDED_BLOCK = (
     + "}"
 )
 
+_TRAP_IF_NEVER = (
+    "{\n.reg .pred p;\n.reg .b32 a, b;\nmov.b32 a, $0;\nmov.b32 b, $1;\n"
+    "setp.eq.b32 p, a, $2;\nsetp.eq.or.b32 p, b, $2, p;\n@p trap;\n}"
+)
+_LOAD_ROW = (
+    "{\n.reg .pred p;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\nmov.b32 $2, 0;\nmov.b32 $3, 0;\n"
+    "setp.ge.s32 p, $5, 0;\n@p ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];\n}"
+)
+
 
 def carrier(per_thread: int) -> Any:
     """Layout of a flat array that holds `per_thread` 32-bit values of each of 128 threads."""
@@ -83,15 +98,20 @@ class Lanes:
     plan: Plan
     swiglu: bool
     fold: bool = False
+    release: str = "fence"
 
-    def gather(self, x_ref, row_ref, slot, group):
-        """This warp's slice of 8 rows of x as MMA operands; a row of -1 is zeros."""
-        per_thread = self.plan.slice_columns // 8
+    def fetch(self, x_ref, row_ref, slot, group):
+        """Starts to load this warp's slice of 8 rows of x; a row of -1 is zeros.
+
+        Without `row_ref` they are the first 8 rows of x. Past the L1 cache: other blocks write
+        hidden values while this one runs, and no two of its warps share columns of x.
+        """
+        per_thread, rows = self.plan.slice_columns // 8, x_ref.shape[0]
+        refs = [x_ref] if row_ref is None else [x_ref, row_ref]
 
         @plgpu.inline_mgpu(
             arg_types=(
-                plgpu.RefType(),
-                plgpu.RefType(),
+                *[plgpu.RefType()] * len(refs),
                 plgpu.Layout.WG_SPLAT,
                 plgpu.Layout.WG_SPLAT,
             ),
@@ -99,27 +119,49 @@ class Lanes:
                 (_LANES * per_thread,), jnp.int32, layout=carrier(per_thread)
             ),
         )
-        def run(_, x, rows, slot, group):
+        def run(_, x, *rest):
+            *listed, slot, group = rest
             warp, lane = _warp_and_lane()
             warp = _add(warp, _mul(_scalar(group), 4))
-            row = _load(rows, _add(_mul(_scalar(slot), 8), _shr(lane, 2)), _i32())
-            keep = arith.xori(arith.shrsi(row, _c(31)), _c(-1))
+            row = _shr(lane, 2)
+            if listed:
+                row = _load(listed[0], _add(_mul(_scalar(slot), 8), row), _i32())
+            elif rows < 8:
+                exists = arith.cmpi(arith.CmpIPredicate.ult, row, _c(rows))
+                row = arith.select(exists, row, _c(-1))
             piece = arith.remui(warp, _c(self.plan.column_warps))
             start = _add(_mul(piece, self.plan.slice_columns), _mul(_and(lane, 3), 8))
-            row = arith.maxsi(row, _c(0))
-            base = _at(x, _add(_mul(row, self.plan.columns), start), 2)
-            registers = []
-            for block in range(self.plan.slice_columns // 32):
-                loaded = _load_at(base, 64 * block, _vector(4, _i32()), 16)
-                words = [arith.andi(w, keep) for w in _split(loaded)]
-                words = [
-                    _asm(_i32(), [w, _c(_RAISED)], "mul.bf16x2 $0, $1, $2;", "=r,r,r")
-                    for w in words
-                ]
-                registers.append(_join(words))
+            at = _add(_mul(arith.maxsi(row, _c(0)), self.plan.columns), start)
+            base = _at(x, at, 2)
+            registers = [
+                _load_row(_offset(base, _c(64 * block)), row)
+                for block in range(self.plan.slice_columns // 32)
+            ]
             return _carry(registers, per_thread, signed=True)
 
-        return run(x_ref, row_ref, slot, group)
+        return run(*refs, slot, group)
+
+    def operands(self, fetched):
+        """What was fetched, as MMA operands: raised, which hidden values are already."""
+        if not self.swiglu:
+            return fetched
+        per_thread = self.plan.slice_columns // 8
+        kind = plgpu.ShapeDtypeStruct((_LANES * per_thread,), jnp.int32, layout=carrier(per_thread))
+
+        @plgpu.inline_mgpu(arg_types=(carrier(per_thread),), return_type=kind)
+        def run(_, fetched):
+            raised = [
+                _join(
+                    [
+                        _asm(_i32(), [word, _c(_RAISED)], "mul.bf16x2 $0, $1, $2;", "=r,r,r")
+                        for word in _split(words)
+                    ]
+                )
+                for words in fetched.registers.flat
+            ]
+            return _carry(raised, per_thread, signed=True)
+
+        return run(fetched)
 
     def multiply(self, sums, x, part, stage_ref, group):
         """Decodes a stage's codes and multiplies: sums + weights x, 16 rows by 8 tokens a warp."""
@@ -155,18 +197,33 @@ class Lanes:
             types, arguments = [*types, carrier(4)], [*arguments, sums]
         return plgpu.inline_mgpu(arg_types=tuple(types), return_type=out)(run)(*arguments)
 
-    def release(self):
-        """Orders this thread's reads of the stage before the copy engine's next writes to it.
+    def free(self, sums):
+        """Orders this thread's reads of a stage before the copy engine's next writes to it.
 
         The reads are of the generic proxy, the copies of the async proxy: an mbarrier alone orders
         only accesses of one proxy, and its arrival need not wait for loads still under way.
+
+        "fence" waits for them by a fence between the proxies. "used" is the practice of kernels
+        that load operands into registers: what depends on the sums, and so on every word of the
+        stage, must be known before the arrival can be issued. "none" does not wait: wrong, kept to
+        measure what the others cost.
         """
+        if self.release == "fence":
 
-        @plgpu.inline_mgpu(arg_types=())
-        def run(_):
-            _asm(None, [], "fence.proxy.async.shared::cta;", "", effects=True)
+            @plgpu.inline_mgpu(arg_types=())
+            def fence(_):
+                _asm(None, [], "fence.proxy.async.shared::cta;", "", effects=True)
 
-        run()
+            fence()
+        elif self.release == "used":
+
+            @plgpu.inline_mgpu(arg_types=(carrier(4),))
+            def use(_, sums):
+                # Of rows g and g + 8: each has scales of its own.
+                values = _split(sums.registers.flat[0])[::2]
+                _asm(None, [*values, _c(_NEVER)], _TRAP_IF_NEVER, "f,f,r", effects=True)
+
+            use(sums)
 
     def put(self, sums, ref):
         """Leaves a warpgroup's sums in shared memory, 16 bytes a thread."""
@@ -214,6 +271,15 @@ class Lanes:
         run(sums_ref, row_ref, share_ref, out_ref, slot, unit)
 
 
+def _load_row(pointer, row):
+    """16 bytes of a row that exists, else zeros; not moved before what comes before."""
+    struct = llvm.StructType.get_literal([_i32()] * 4)
+    result = llvm.inline_asm(
+        struct, [pointer, row], _LOAD_ROW, "=&r,=&r,=&r,=&r,l,r", has_side_effects=True
+    )
+    return _join([llvm.extractvalue(_i32(), result, [i]) for i in range(4)])
+
+
 def _write(hooks, out, target, tile, g, pair, share):
     """Stores a token's values of rows g and g + 8 of a tile, unless its target row is -1."""
     if not hooks.swiglu:
@@ -227,6 +293,7 @@ def _write(hooks, out, target, tile, g, pair, share):
     power = arith.mulf(gate, _constant(-1.4426950408889634))
     power = _asm(_f32(), [power], "ex2.approx.f32 $0, $1;", "=f,f")
     inverse = _asm(_f32(), [arith.addf(power, _constant(1.0))], "rcp.approx.f32 $0, $1;", "=f,f")
+    share = arith.mulf(share, _constant(_RAISE))
     value = arith.mulf(arith.mulf(arith.mulf(gate, inverse), up), share)
     at = _at(out, _add(_add(_mul(target, hooks.plan.rows // 2), _mul(tile, 8)), g), 2)
     store = (

@@ -14,6 +14,8 @@ TILE_ROWS = 16
 """Rows of one tensor-core tile (mma m16n8k16)."""
 GROUP = 64
 """Columns whose codes one lane holds in 16 bytes: the granule of a warp's work."""
+BARRIER_WORDS = 32
+"""Of a word where thread blocks meet: a cache line of its own."""
 
 # Where the element (column pair a, row half h) of a lane lies in each 16-bit half of its word:
 # (sign bit, lowest magnitude bit). The kernel moves sign to bit 15 and magnitude to bits 8:6 (a
@@ -215,10 +217,20 @@ def _swap(array, i, j):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KernelWeights:
-    """One layer's experts in the kernel's order."""
+    """One layer's experts in the kernel's order.
+
+    Attributes:
+      gate_up: stages of 32-bit words.
+      down: likewise.
+      barrier: where thread blocks of a launch meet. Zeros when made; the kernel writes to it, and
+        leaves it fit for the next use, so that no kernel must clear it before each launch.
+      gate_up_plan: how the matrix is cut.
+      down_plan: likewise.
+    """
 
     gate_up: UInt32[Array, "e stages r w"]
     down: UInt32[Array, "e stages2 r2 w2"]
+    barrier: UInt32[Array, " b"]
     gate_up_plan: Plan = dataclasses.field(metadata=dict(static=True))
     down_plan: Plan = dataclasses.field(metadata=dict(static=True))
 
@@ -236,9 +248,11 @@ def pack_experts(weights, gate_up_plan: Plan | None = None, down_plan: Plan | No
     _, _, f, half = weights.gate_up.shape
     gate_up_plan = gate_up_plan or plan_for(2 * f, 2 * half)
     down_plan = down_plan or plan_for(2 * half, f)
+    xp = np if isinstance(weights.gate_up, np.ndarray) else jnp
     return KernelWeights(
         pack(interleave(weights.gate_up), interleave(weights.gate_up_scale), gate_up_plan),
         pack(weights.down, weights.down_scale, down_plan),
+        xp.zeros(BARRIER_WORDS, xp.uint32),
         gate_up_plan,
         down_plan,
     )

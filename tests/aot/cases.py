@@ -20,8 +20,8 @@ from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.sharding import shardings
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.expert_ffn.lanes import Lanes
-from pallas_kernels.expert_ffn.layout import KernelWeights, plan_for
-from pallas_kernels.expert_ffn.mosaic_gpu import expert_ffn_mosaic
+from pallas_kernels.expert_ffn.layout import BARRIER_WORDS, KernelWeights, plan_for
+from pallas_kernels.expert_ffn.mosaic_gpu import Launch, expert_ffn_mosaic
 from pallas_kernels.expert_ffn.shapes import SHAPES, Shape
 
 LAYERS = 24
@@ -33,7 +33,7 @@ def abstract(shape: Shape, t: int):
     words = [jax.ShapeDtypeStruct((shape.e, *plan.packed_shape), jnp.uint32) for plan in plans]
     return (
         jax.ShapeDtypeStruct((t, shape.d), jnp.bfloat16),
-        KernelWeights(*words, *plans),
+        KernelWeights(*words, jax.ShapeDtypeStruct((BARRIER_WORDS,), jnp.uint32), *plans),
         jax.ShapeDtypeStruct((t, shape.c), jnp.int32),
         jax.ShapeDtypeStruct((t, shape.c), jnp.float32),
     )
@@ -67,20 +67,74 @@ def kernel_prefill(mesh) -> Case:
     return kernel("pro-tp8", 256)
 
 
+ONE = Launch(fused=True, own_list=True, own_sum=True)
+
+
+def launched(name: str, t: int, launch: Launch) -> Case:
+    """The kernel by itself, launched in another way."""
+    run = functools.partial(expert_ffn_mosaic, launch=launch)
+    return Case(jax.jit(run), abstract(SHAPES[name], t))
+
+
+def one_pro_tp8(mesh) -> Case:
+    """A rank of eight, a block of 8."""
+    return launched("pro-tp8", 8, ONE)
+
+
+def one_pro_tp8_16(mesh) -> Case:
+    """Two blocks of 8: an expert can have two slots."""
+    return launched("pro-tp8", 16, ONE)
+
+
+def one_pro(mesh) -> Case:
+    """Whole experts, one token."""
+    return launched("pro", 1, ONE)
+
+
+def one_flash_tp8(mesh) -> Case:
+    """Sixteen warps."""
+    return launched("flash-tp8", 8, ONE)
+
+
+def one_nano(mesh) -> Case:
+    """The shipped model."""
+    return launched("nano", 16, ONE)
+
+
+def used(mesh) -> Case:
+    """Stages given back when their sums are known."""
+    return launched("pro-tp8", 8, dataclasses.replace(ONE, release="used"))
+
+
+def late(mesh) -> Case:
+    """Stages given back one stage later."""
+    return launched("pro-tp8", 8, dataclasses.replace(ONE, release="late"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Counted(Lanes):
     """The kernel's hooks, counting how often a kernel body is traced."""
 
     traced = 0
 
-    def gather(self, *args):
-        """Called once by a trace of the body."""
+    def put(self, *args):
+        """Called once by a trace of a pass."""
         Counted.traced += 1
-        return super().gather(*args)
+        return super().put(*args)
 
 
 def layers_in_a_loop(mesh) -> Case:
     """Many layers of one kind, with weights of their own, in a while-loop on every device."""
+    return loop(mesh, Launch())
+
+
+def layers_in_one_launch_each(mesh) -> Case:
+    """The same in one launch a layer."""
+    return loop(mesh, ONE)
+
+
+def loop(mesh, launch: Launch) -> Case:
+    """Layers in a while-loop."""
     shape = SHAPES["nano"]
     x, weights, ids, routing = abstract(shape, 8)
 
@@ -88,7 +142,8 @@ def layers_in_a_loop(mesh) -> Case:
         def one_round(carry):
             left, x = carry
             for weights in layers:
-                y = expert_ffn_mosaic(x, weights, (ids + left) % shape.e, routing, hooks=Counted)
+                now = (ids + left) % shape.e
+                y = expert_ffn_mosaic(x, weights, now, routing, launch=launch, hooks=Counted)
                 x = (x + jax.lax.psum(y, mesh.axis_names).astype(x.dtype)) * 0.5
             return left - 1, x
 

@@ -24,6 +24,30 @@ def test_the_kernel_does_not_spill(case):
     assert not found.outside
 
 
+@pytest.mark.parametrize("case", ["pro_tp8", "pro_tp8_16", "pro", "flash_tp8", "nano"])
+def test_one_launch_does_not_spill_and_is_all_there_is(case):
+    """It makes its own work list and adds up its own results; nothing clears its barrier."""
+    found = report(f"one_{case}")
+    assert [kernel.name for kernel in found.kernels] == ["expert_ffn"]
+    assert found.kernels[0].spilled_bytes == 0 and found.kernels[0].proxy_fences > 0
+    assert found.launches == 1
+    assert [*sum(found.graphs, []), *found.outside] == ["kCustomCall"]
+
+
+@pytest.mark.parametrize("case", ["used", "late"])
+def test_other_ways_to_give_a_stage_back_have_no_fence_and_do_not_spill(case):
+    (kernel,) = report(case).kernels
+    assert (kernel.spilled_bytes, kernel.proxy_fences) == (0, 0)
+
+
+def test_one_launch_a_layer_in_a_loop_is_one_graph_of_one_compile():
+    found = report("layers_in_one_launch_each")
+    assert found.launches == LAYERS and found.lowered == 1
+    assert found.counters == {"traced": 2}
+    assert not found.outside and len(found.graphs) == 1
+    assert found.graphs[0].count("kCustomCall") == LAYERS
+
+
 def test_many_layers_in_a_loop_are_one_graph_of_one_trace_and_one_compile():
     found = report("layers_in_a_loop")
     assert found.launches == len(KERNELS) * LAYERS

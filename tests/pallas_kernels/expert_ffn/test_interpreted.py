@@ -1,9 +1,11 @@
 """The expert kernel's ring, index maps and division of work, interpreted against the oracle.
 
-Memory that nobody wrote is NaN in the interpreter, so that every result here also shows that each
-element was written.
+In one launch, as the interpreter runs it: block after block, so twice, the second time with the
+hidden values of the first. Memory that nobody wrote is NaN in the interpreter, so that every result
+here also shows that each element was written.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,42 +17,74 @@ from jax.experimental import pallas as pl
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from pallas_kernels.expert_ffn import interpreted, layout, mosaic_gpu  # noqa: E402
+from pallas_kernels.expert_ffn import block, interpreted, layout, mosaic_gpu, slots  # noqa: E402
+from pallas_kernels.expert_ffn.shapes import SHAPES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason="the Mosaic GPU kernels need jax >= 0.11.2"
 )
 D, F, EXPERTS, CHOICES = 256, 64, 5, 2
-# Two warpgroups, two slices of two parts, two units; and one warpgroup, four units.
-PLANS = layout.Plan(2 * F, D, 4, 2, 2), layout.Plan(D, F, 4, 1, 1)
+# Two warpgroups. Two slices of two parts, two units; two units whose stages are half as large.
+PLANS = layout.Plan(2 * F, D, 4, 2, 2), layout.Plan(D, F, 8, 1, 1)
 TOLERANCE = 5e-3
+# More blocks than some experts have units, fewer stages than a unit has parts in flight.
+TWO = mosaic_gpu.Launch(ctas=3, stages=2)
+ONE = mosaic_gpu.Launch(ctas=3, stages=2, fused=True, own_list=True, own_sum=True)
+INTERPRET = plgpu.InterpretGPUParams()
 
 
-@functools.partial(jax.jit, static_argnames=("hooks",))
-def _run(x, packed, ids, routing, hooks):
-    # More blocks than some experts have units, fewer stages than a unit has parts in flight.
+@functools.partial(jax.jit, static_argnames=("hooks", "launch"))
+def _run(x, packed, ids, routing, hooks, launch):
     return mosaic_gpu.expert_ffn_mosaic(
-        x, packed, ids, routing, ctas=3, stages=2, hooks=hooks, interpret=plgpu.InterpretGPUParams()
+        x, packed, ids, routing, launch=launch, hooks=hooks, interpret=INTERPRET
     )
 
 
-def run(x, weights, ids, routing, hooks=interpreted.Interpreted):
+def run(x, weights, ids, routing, hooks=interpreted.Interpreted, launch=ONE):
     packed = layout.pack_experts(weights, *PLANS)
-    return np.asarray(_run(x, packed, jnp.asarray(ids), jnp.asarray(routing), hooks))
+    return np.asarray(_run(x, packed, jnp.asarray(ids), jnp.asarray(routing), hooks, launch))
 
 
 def tokens(rng, t):
     return jnp.asarray(rng.normal(size=(t, D)), jnp.bfloat16)
 
 
-@pytest.mark.parametrize(("t", "experts"), [(4, EXPERTS), (10, 2)])
-def test_matches_the_oracle(t, experts, rng):
+@pytest.mark.parametrize(
+    ("t", "experts", "launch"),
+    [
+        (4, EXPERTS, ONE),
+        (10, 2, TWO),
+        *(
+            pytest.param(t, experts, launch, marks=pytest.mark.slow)
+            for t, experts, launch in (
+                (10, 2, ONE),
+                (4, EXPERTS, TWO),
+                (4, EXPERTS, dataclasses.replace(ONE, own_sum=False)),
+                (10, 2, dataclasses.replace(TWO, fused=True)),
+                (4, EXPERTS, dataclasses.replace(ONE, release="late", ahead=False)),
+            )
+        ),
+    ],
+)
+def test_matches_the_oracle(t, experts, launch, rng):
     """With a dead choice, a double one and, for many tokens, experts of several slots."""
     weights = random_experts(rng, experts, D, F)
     ids, routing = random_routing(rng, t, CHOICES, experts)
     ids[0, 0], ids[1, 0], ids[2, 1] = experts, ids[1, 1], -1
     x = tokens(rng, t)
-    assert distance(run(x, weights, ids, routing), oracle(x, weights, ids, routing)) < TOLERANCE
+    out = run(x, weights, ids, routing, launch=launch)
+    assert distance(out, oracle(x, weights, ids, routing)) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("t", [4, 10])
+def test_one_launch_and_two_give_the_same_bits(t, rng):
+    weights = random_experts(rng, EXPERTS, D, F)
+    ids, routing = random_routing(rng, t, CHOICES, EXPERTS)
+    x = tokens(rng, t)
+    np.testing.assert_array_equal(
+        *(run(x, weights, ids, routing, launch=launch) for launch in (ONE, TWO))
+    )
 
 
 def test_all_codes_under_all_scales(rng):
@@ -96,7 +130,36 @@ def test_no_active_expert_gives_zeros(rng):
     [(512, 6144, 3), (6144, 256, 3), (4096, 6144, 8), (512, 4096, 3), (512, 256, 12)],
 )
 def test_a_short_matrix_gets_a_short_ring(rows, columns, stages):
-    assert mosaic_gpu.default_stages(layout.plan_for(rows, columns)) == stages
+    assert block.default_stages(layout.plan_for(rows, columns)) == stages
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_both_passes_of_all_shapes_fit_one_launch(name):
+    shape = SHAPES[name]
+    plans = layout.plan_for(2 * shape.f, shape.d), layout.plan_for(shape.d, shape.f)
+    assert block.one_launch_misfit(*plans) is None
+    assert block.default_stages(*plans, stay=True) >= 5
+
+
+def test_plans_that_do_not_go_together_are_refused_one_launch():
+    twelve, sixteen = layout.Plan(512, 6144, 1, 12, 2), layout.Plan(6144, 256, 16, 1, 1)
+    assert "12 and 16 warps" in block.one_launch_misfit(twelve, sixteen)
+
+
+def test_blocks_divide_the_units_of_both_passes_evenly():
+    """Contiguous, each unit once, and no block has more than one unit more than another."""
+    ctas = 132
+    for total in (0, 1, 131, 256, 1888, 2**20 + 5):
+        for shift in (0, ctas // 2):
+            bounds = [(total * n + shift) // ctas for n in range(ctas + 1)]
+            shares = np.diff(bounds)
+            assert bounds[0] == 0 and bounds[-1] == total
+            assert shares.max() - shares.min() <= 1
+
+
+def test_what_needs_one_launch_is_refused_for_two():
+    with pytest.raises(ValueError, match="need fused=True"):
+        mosaic_gpu.Launch(own_list=True)
 
 
 class LosesAUnit(interpreted.Interpreted):
@@ -110,8 +173,8 @@ class LosesAUnit(interpreted.Interpreted):
 class SwapsSlices(interpreted.Interpreted):
     """A planted bug: warps of a row take each other's columns of x."""
 
-    def gather(self, x_ref, row_ref, slot, group):
-        x = interpreted.Interpreted.gather(self, x_ref, row_ref, slot, group)
+    def fetch(self, x_ref, row_ref, slot, group):
+        x = interpreted.Interpreted.fetch(self, x_ref, row_ref, slot, group)
         return jnp.stack([x[1], x[0], x[3], x[2]])
 
 
@@ -125,7 +188,7 @@ def test_a_planted_bug_is_seen(bug, rng):
 
 
 def slow_slots(ids, routing, experts):
-    """(expert, [(token, row of the results, share), ...]) of each slot; each token's live rows."""
+    """(expert, {lane: (token, row of the results, share)}) of each slot; tokens' live rows."""
     t, k = ids.shape
     slots, live = [], []
     for token in range(t):
@@ -133,14 +196,14 @@ def slow_slots(ids, routing, experts):
     for expert in range(experts):
         users = [token for token in range(t) if expert in live[token]]
         for start in range(0, len(users), 8):
-            rows = [
-                (
+            rows = {
+                token if t <= 8 else lane: (
                     token,
                     token * k + live[token].index(expert),
                     routing[token, ids[token] == expert].sum(),
                 )
-                for token in users[start : start + 8]
-            ]
+                for lane, token in enumerate(users[start : start + 8])
+            }
             slots.append((expert, rows))
     return slots, [len(experts) for experts in live]
 
@@ -149,16 +212,16 @@ def slow_slots(ids, routing, experts):
 def test_slots_list_distinct_experts_with_their_tokens(t, k, experts, rng):
     ids = rng.integers(-1, experts + 1, (t, k)).astype(np.int32)
     routing = rng.random((t, k)).astype(np.float32)
-    slots = jax.jit(mosaic_gpu.make_slots, static_argnums=2)(ids, routing, experts)
+    found = jax.jit(slots.make_slots, static_argnums=2)(ids, routing, experts)
     expected, live = slow_slots(ids, routing, experts)
-    assert int(slots.count[-1]) == len(expected)
-    assert list(slots.live) == live
+    assert int(found.count[-1]) == len(expected)
+    assert list(found.live) == list(slots.live_choices(jnp.asarray(ids), experts)) == live
     for slot, (expert, rows) in enumerate(expected):
-        assert int(slots.expert[slot]) == expert
+        assert int(found.expert[slot]) == expert
         for lane in range(8):
-            token, row, share = rows[lane] if lane < len(rows) else (-1, -1, 0.0)
-            assert int(slots.token[slot, lane]) == token
-            assert int(slots.choice[slot, lane]) == row
-            np.testing.assert_allclose(slots.share[slot, lane], share, rtol=1e-6)
-    assert (np.asarray(slots.token)[len(expected) :] == -1).all()
-    assert ((0 <= np.asarray(slots.expert)) & (np.asarray(slots.expert) < experts)).all()
+            token, row, share = rows.get(lane, (-1, -1, 0.0))
+            assert int(found.token[slot, lane]) == token
+            assert int(found.choice[slot, lane]) == row
+            np.testing.assert_allclose(found.share[slot, lane], share, rtol=1e-6)
+    assert (np.asarray(found.token)[len(expected) :] == -1).all()
+    assert ((0 <= np.asarray(found.expert)) & (np.asarray(found.expert) < experts)).all()

@@ -1,0 +1,296 @@
+"""What a warpgroup does for the whole grid, in PTX: list the work, meet the other blocks, add up.
+
+`interpreted.py` holds the same hooks in plain jnp, for machines without a GPU.
+"""
+
+import dataclasses
+
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.expert_ffn.lanes import (
+    _add,
+    _and,
+    _asm,
+    _at,
+    _c,
+    _constant,
+    _f32,
+    _i32,
+    _join,
+    _load,
+    _load_at,
+    _mul,
+    _scalar,
+    _shr,
+    _split,
+    _vector,
+)
+from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
+
+_THREADS = 128
+_ULT = arith.CmpIPredicate.ult
+_SLT = arith.CmpIPredicate.slt
+_EQ = arith.CmpIPredicate.eq
+
+# All blocks add up to 2^31 each time they meet: the last to come flips bit 31, which the others
+# wait for, and the other bits are 0 again. So the word is fit for the next meeting, in this launch
+# or another, and must be cleared only once, when it is made. The addition releases what this
+# block's threads wrote (they have met before), the last load acquires what the others did.
+_MEET = """{
+.reg .pred p;
+.reg .b32 old, now;
+atom.add.release.gpu.global.u32 old, [$0], $1;
+WAIT:
+ld.acquire.gpu.global.u32 now, [$0];
+xor.b32 now, now, old;
+setp.ge.s32 p, now, 0;
+@p bra WAIT;
+}"""
+_STORE_IF = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.shared.b32 [$1], $2; }"
+_MARK_IF = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p red.shared.or.b32 [$1], $2; }"
+_STAMP = (
+    "{ .reg .b32 ns, clocks; .reg .pred p; setp.eq.s32 p, $0, 0; mov.u32 ns, %globaltimer_lo; "
+    "mov.u32 clocks, %clock; @p st.global.v2.b32 [$1], {ns, clocks}; }"
+)
+EVENTS = 6
+"""Moments that a warpgroup can note for a time line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The hooks of a launch: t tokens of c choices among `experts`, on `ctas` thread blocks."""
+
+    t: int
+    c: int
+    experts: int
+    ctas: int
+
+    def meet(self, barrier_ref, block):
+        """Returns when every block has come here; what they wrote before can then be read."""
+        rest = (1 << 31) - (self.ctas - 1)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+        def run(_, barrier, block):
+            utils.warpgroup_barrier()
+            first = arith.cmpi(_EQ, _scalar(block), _c(0))
+            step = arith.select(first, _c(rest if rest < 1 << 31 else -rest), _c(1))
+            with utils.when(arith.cmpi(_EQ, _thread(), _c(0))):
+                _asm(None, [_at(barrier, _c(0), 4), step], _MEET, "l,r", effects=True)
+            utils.warpgroup_barrier()
+
+        run(barrier_ref, block)
+
+    def stamp(self, stamps_ref, block, group, event):
+        """Notes the time: nanoseconds of the device and clocks of the SM."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+        )
+        def run(_, stamps, block, group):
+            groups = ir.MemRefType(stamps.type).shape[1]
+            row = _add(_mul(_scalar(block), groups), _scalar(group))
+            at = _at(stamps, _add(_mul(row, EVENTS), event), 8)
+            _asm(None, [_thread(), at], _STAMP, "r,l", effects=True)
+
+        run(stamps_ref, block, group)
+
+    def make_list(self, ids_ref, routing_ref, lists):
+        """This warpgroup makes the work list in shared memory: `slots.make_slots` for few tokens.
+
+        A thread for each of at most 128 choices. It compares its expert with its token's others
+        (its row of the results, doubles), with earlier tokens' (its place, beyond 8 tokens), marks
+        it in a bit map, and counts the marks before it, which is its slot.
+        """
+        names = tuple(lists)
+
+        @plgpu.inline_mgpu(arg_types=tuple([plgpu.RefType()] * (2 + len(names))))
+        def run(_, ids, routing, *refs):
+            self._make_list(ids, routing, dict(zip(names, refs, strict=True)))
+
+        run(ids_ref, routing_ref, *lists.values())
+
+    def _make_list(self, ids, routing, lists):
+        c, thread = self.c, _thread()
+        self._clear(lists, thread)
+        active = arith.cmpi(_ULT, thread, _c(self.t * c))
+        pair = arith.minui(thread, _c(self.t * c - 1))
+        token = arith.divui(pair, _c(c))
+        mine = _load_row(ids, _mul(token, c), c, _i32())
+        shares = _load_row(routing, _mul(token, c), c, _f32())
+        nth = arith.subi(pair, _mul(token, c))
+        expert = _load(ids, pair, _i32())
+        row, rank, live, share = self._among_own(expert, nth, mine, shares)
+        row = arith.andi(row, active)
+        place = self._place(ids, expert, token)
+        utils.warpgroup_barrier()
+        bit = arith.shli(_c(1), _and(expert, 31))
+        word = arith.select(row, _shr(expert, 5), _c(0))
+        _asm(None, [_flag(row), _at(lists["bits"], word, 4), bit], _MARK_IF, "r,r,r", effects=True)
+        second = arith.andi(row, arith.cmpi(_EQ, place, _c(TOKENS)))
+        if self.t > TOKENS:
+            at = _at(lists["bits"], _add(word, self.words), 4)
+            _asm(None, [_flag(second), at, bit], _MARK_IF, "r,r,r", effects=True)
+        utils.warpgroup_barrier()
+        below, total = self._count(lists["bits"], expert)
+        slot = arith.select(row, _add(below, _shr(place, 3)), _c(0))
+        lane = token if self.t <= TOKENS else _and(place, TOKENS - 1)
+        cell = _add(_mul(slot, TOKENS), lane)
+        _store_if(row, lists["expert"], slot, expert)
+        _store_if(row, lists["choice"], cell, _add(_mul(token, c), rank))
+        _store_if(row, lists["share"], cell, share)
+        if "token" in lists:
+            _store_if(row, lists["token"], cell, token)
+        first = arith.andi(active, arith.cmpi(_EQ, nth, _c(0)))
+        _store_if(first, lists["live"], token, live)
+        _store_if(arith.cmpi(_EQ, thread, _c(0)), lists["count"], _c(0), total)
+        utils.warpgroup_barrier()
+
+    @property
+    def words(self) -> int:
+        """Of a bit map of all experts, a multiple of 4."""
+        return -(-self.experts // 128) * 4
+
+    def _clear(self, lists, thread):
+        """Empty slots and an empty bit map."""
+        cells = TOKENS * most_slots(self.t, self.c, self.experts)
+        for name in ("choice", "token"):
+            for start in range(0, cells if name in lists else 0, _THREADS):
+                index = _add(thread, start)
+                live = arith.cmpi(_ULT, index, _c(cells))
+                _store_if(live, lists[name], arith.select(live, index, _c(0)), _c(-1))
+        maps = self.words * (1 + (self.t > TOKENS))
+        for start in range(0, maps, _THREADS):
+            index = _add(thread, start)
+            live = arith.cmpi(_ULT, index, _c(maps))
+            _store_if(live, lists["bits"], arith.select(live, index, _c(0)), _c(0))
+
+    def _among_own(self, expert, nth, mine, shares):
+        """Whether this is its expert's first choice by the token, its rank, its share."""
+        valid = [arith.cmpi(_ULT, own, _c(self.experts)) for own in mine]
+        repeated, rank, live, share = _false(), _c(0), _c(0), _constant(0.0)
+        for k, own in enumerate(mine):
+            same = arith.cmpi(_EQ, own, expert)
+            share = arith.addf(share, arith.select(same, shares[k], _constant(0.0)))
+            earlier = arith.cmpi(_ULT, _c(k), nth)
+            repeated = arith.ori(repeated, arith.andi(same, earlier))
+            first = valid[k]
+            for before in mine[:k]:
+                differs = arith.cmpi(arith.CmpIPredicate.ne, before, own)
+                first = arith.andi(first, differs)
+            live = arith.addi(live, _flag(first))
+            smaller = arith.andi(first, arith.cmpi(_SLT, own, expert))
+            rank = arith.addi(rank, _flag(smaller))
+        known = arith.cmpi(_ULT, expert, _c(self.experts))
+        row = arith.andi(known, arith.xori(repeated, _true()))
+        return row, rank, live, share
+
+    def _place(self, ids, expert, token):
+        """How many earlier tokens chose the expert; of no interest up to 8 tokens."""
+        place = _c(0)
+        for other in range(self.t - 1 if self.t > TOKENS else 0):
+            chose = _false()
+            for theirs in _load_row(ids, _c(other * self.c), self.c, _i32()):
+                chose = arith.ori(chose, arith.cmpi(_EQ, theirs, expert))
+            chose = arith.andi(chose, arith.cmpi(_ULT, _c(other), token))
+            place = arith.addi(place, _flag(chose))
+        return place
+
+    def _count(self, bits, expert):
+        """Slots of experts before this one, and of all."""
+        below, total = _c(0), _c(0)
+        maps = 1 + (self.t > TOKENS)
+        for start in range(0, maps * self.words, 4):
+            loaded = _load_at(_at(bits, _c(start), 4), 0, _vector(4, _i32()), 16)
+            for k, word in enumerate(_split(loaded)):
+                offset = arith.subi(expert, _c(32 * ((start + k) % self.words)))
+                offset = arith.minsi(arith.maxsi(offset, _c(0)), _c(32))
+                # A shift by 32 is 0 in PTX, so that the mask is then all ones.
+                mask = _asm(
+                    _i32(), [offset], "{ .reg .b32 m; shl.b32 m, 1, $1; sub.s32 $0, m, 1; }", "=r,r"
+                )
+                below = arith.addi(below, _popcount(arith.andi(word, mask)))
+                total = arith.addi(total, _popcount(word))
+        return below, total
+
+    def add(self, results_ref, live_ref, out_ref, block):
+        """Sums each token's results by ascending expert, all blocks together."""
+        d = out_ref.shape[1]
+
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, plgpu.Layout.WG_SPLAT))
+        def run(_, results, live, out, block):
+            start = _add(_mul(_scalar(block), _THREADS), _thread())
+            pieces = self.t * (d // 4)
+            for first in range(0, pieces, self.ctas * _THREADS):
+                index = _add(start, first)
+                with utils.when(arith.cmpi(_ULT, index, _c(pieces))):
+                    token = arith.divui(index, _c(d // 4))
+                    column = _mul(arith.subi(index, _mul(token, d // 4)), 4)
+                    self._add_piece(results, live, out, token, column, d)
+
+        run(results_ref, live_ref, out_ref, block)
+
+    def _add_piece(self, results, live, out, token, column, d):
+        count = _load(live, token, _i32())
+        base = _at(results, _add(_mul(token, self.c * d), column), 4)
+        total = [_constant(0.0)] * 4
+        for k in range(self.c):
+            exists = arith.cmpi(_ULT, _c(k), count)
+            values = _load_past_l1(base, 4 * d * k, exists)
+            total = [
+                arith.select(exists, arith.addf(a, b), a)
+                for a, b in zip(total, values, strict=True)
+            ]
+        at = _at(out, _add(_mul(token, d), column), 4)
+        llvm.store(_join(total), at, alignment=16)
+
+
+def _load_past_l1(base, num_bytes, exists):
+    struct = llvm.StructType.get_literal([_f32()] * 4)
+    text = (
+        "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; "
+        "mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; "
+        f"@p ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4+{num_bytes}]; }}"
+    )
+    result = llvm.inline_asm(
+        struct, [base, _flag(exists)], text, "=&f,=&f,=&f,=&f,l,r", has_side_effects=True
+    )
+    return [llvm.extractvalue(_f32(), result, [i]) for i in range(4)]
+
+
+def _load_row(ref, start, count, kind):
+    """`count` elements from `start`, four at a time if they can be."""
+    if count % 4:
+        return [_load(ref, _add(start, k), kind) for k in range(count)]
+    base = _at(ref, start, 4)
+    loads = [_load_at(base, 16 * k, _vector(4, kind), 16) for k in range(count // 4)]
+    return [value for load in loads for value in _split(load)]
+
+
+def _store_if(condition, ref, index, value):
+    kind = "f" if isinstance(value.type, ir.F32Type) else "r"
+    _asm(
+        None, [_flag(condition), _at(ref, index, 4), value], _STORE_IF, f"r,r,{kind}", effects=True
+    )
+
+
+def _popcount(word):
+    return _asm(_i32(), [word], "popc.b32 $0, $1;", "=r,r")
+
+
+def _flag(condition):
+    return arith.extui(_i32(), condition)
+
+
+def _true():
+    return utils.c(1, ir.IntegerType.get_signless(1))
+
+
+def _false():
+    return utils.c(0, ir.IntegerType.get_signless(1))
+
+
+def _thread():
+    return arith.remui(utils.thread_idx(), _c(_THREADS))

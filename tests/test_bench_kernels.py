@@ -1,0 +1,95 @@
+"""`mimo bench kernels` without a GPU: the order of its jobs; a stuck one loses only itself."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+
+from mimo_jax.bench import kernel_cases, kernels  # noqa: E402
+from mimo_jax.bench.kernel_lines import read_stamps  # noqa: E402
+from mimo_jax.errors import MimoError  # noqa: E402
+
+WORKER = """
+import json, os, sys, time
+jobs, first, path, seed = json.loads(sys.argv[1])
+with open(path, "a") as out:
+    def say(**fields):
+        out.write(json.dumps(fields) + "\\n")
+        out.flush()
+    for number in range(first, len(jobs)):
+        say(begins=number)
+        if jobs[number]["do"] == "hang":
+            out.write('{"job": ')
+            out.flush()
+            time.sleep(600)
+        if jobs[number]["do"] == "crash":
+            os._exit(7)
+        say(job=number, result={"number": number})
+"""
+
+
+@pytest.mark.parametrize("bad", ["hang", "crash"])
+def test_a_job_that_never_ends_loses_itself_only(bad, tmp_path, monkeypatch):
+    jobs = [{"job": "time", "do": do} for do in ("run", bad, "run", bad)]
+
+    def command(*arguments):
+        return [sys.executable, "-c", WORKER, json.dumps([str_of(a) for a in arguments])]
+
+    monkeypatch.setattr(kernels, "_command", command)
+    results = kernels.supervise(jobs, tmp_path / "out.jsonl", 1, limit_s=3.0)
+    assert [result.get("number") for _, result in results] == [0, None, 2, None]
+    words = "silent for 3 s" if bad == "hang" else "exit code 7"
+    assert [result.get("error") for _, result in results] == [None, words, None, words]
+
+
+def str_of(argument):
+    return argument if isinstance(argument, list | int) else str(argument)
+
+
+def test_safe_jobs_come_first():
+    names = list(kernel_cases.LAUNCHES)
+    jobs = kernel_cases.jobs_for(True, True, True, names, ["pro-tp8", "pro", "flash-tp8", "nano"])
+    assert jobs[0] == {"job": "read"} and jobs[-1]["job"] == "ragged"
+    assert all(json.loads(json.dumps(job)) for job in jobs)
+    one = [
+        any(n.startswith("one") for n in job.get("launches", [job.get("launch", "")]))
+        for job in jobs
+        if job["job"] in ("check", "time", "line")
+    ]
+    assert one == sorted(one) and one[-1] and not one[0]
+    # Each launch is checked before it is timed, but the one that is known to be wrong.
+    for name in set(names) - {"two-none"}:
+        if name in (*kernel_cases.FIRST, *kernel_cases.SECOND):
+            checked = next(i for i, j in enumerate(jobs) if name in j.get("launches", ()))
+            timed = next(i for i, j in enumerate(jobs) if j.get("launch") == name)
+            assert checked < timed
+
+
+def test_results_are_sorted_by_kind():
+    jobs = [
+        ({"job": "read"}, {"read_GB/s": 4000.0}),
+        ({"job": "time"}, {"us": 1.0, "GB/s": 3000.0}),
+        ({"job": "time"}, {"error": "silent for 60 s"}),
+        ({"job": "check"}, {"same_bits": True}),
+    ]
+    found = kernels.collect(jobs)
+    assert found["times"] == [{"us": 1.0, "GB/s": 3000.0, "share": 0.75}, jobs[2][1]]
+    assert found["checks"] == [{"same_bits": True}] and found["read_GB/s"] == 4000.0
+
+
+def test_a_variant_that_is_not_known_is_refused_with_those_that_are():
+    with pytest.raises(MimoError, match="three unknown; known: two, "):
+        kernels.named("two,three", kernel_cases.LAUNCHES, "--variants")
+
+
+def test_a_time_line_counts_from_the_first_block_that_begins():
+    stamps = np.zeros((3, 5, 6, 2), np.int64)
+    stamps[:, 3, 0, 0] = 1000, 1100, 1200  # the finishers begin
+    stamps[:, 4, 0, 0] = 1010, 1110, 1210
+    stamps[:, 3, 1, 0] = 5000, 6000, 7000
+    found = read_stamps(stamps)
+    assert found["events"]["finisher: begins"] == dict(first=0.0, median=100.0, last=200.0)
+    assert found["blocks"]["finisher: gate/up done"] == [4000, 5000, 6000]
