@@ -279,20 +279,23 @@ def test_drafter_presets_are_the_released_files(name):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("is_causal", True),
-        ("layer_types", ["full_attention"] * 5),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", ["linear_attention"] * 5),
         ("v_head_dim", 64),
         ("block_size", 1),
         ("sliding_window", 7),
         ("num_key_value_heads", 3),
         ("target_layer_ids", []),
+        # A sink without a layer that slides.
         ("use_swa", False),
+        ("layer_types", ["full_attention"] * 5),
     ],
 )
 def test_drafters_that_are_not_supported_are_refused_by_name(name, value):
     fields = drafter_file("mimo-v2.5")
     fields["dflash_config"] = {k: v for k, v in fields["dflash_config"].items() if k != name}
-    with pytest.raises(MimoError, match=name):
+    sinks = value is False or set(value if isinstance(value, list) else ()) == {"full_attention"}
+    with pytest.raises(MimoError, match="add_swa_attention_sink_bias" if sinks else name):
         DrafterConfig.from_dict(fields | {name: value})
 
 

@@ -423,7 +423,7 @@ class _Table:
             self.mlp(f"{ours}ffn.", [f"{theirs}mlp."], (), d, config.intermediate_size)
 
     def drafter(self, config: DrafterConfig) -> None:
-        dtype, attention = self.layout.drafter, config.attention
+        dtype = self.layout.drafter
         d, n, h = config.hidden_size, config.num_attention_heads, config.head_dim
         taps = len(config.target_layer_ids)
         folder = DRAFTER_FOLDER
@@ -438,6 +438,7 @@ class _Table:
                 f"{ours}post_norm.weight", f"{theirs}post_attention_layernorm.weight", d, dtype
             )
             ours, theirs = f"{ours}attention.", f"{theirs}self_attn."
+            attention = config.attention_of(layer)
             self.matrices(f"{ours}query", [f"{theirs}q_proj"], (), n * h, d, dtype)
             kv = _Split(theirs, attention, stacked=False, queries=False)
             self.heads(f"{ours}kv", kv, d, dtype)

@@ -4,6 +4,8 @@ Source: DFlash, arXiv 2602.06036; the variant with sliding windows, sinks and a 
 MiMo-V2.5's.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -11,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.cache import LayerCache, init_cache, last_rows
 from mimo_jax.config import AttentionConfig, DrafterConfig
+from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import attend
 from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear, rope
 from mimo_jax.model.mimo import MiMo, argmax, head_logits
@@ -18,13 +21,16 @@ from mimo_jax.sharding import Parallel, constant, normal, param
 
 
 class DraftAttention(nnx.Module):
-    """Attention of a block to the context's features and to itself, in both directions.
+    """Attention of a block to the context's features and to itself.
 
-    `kv` is [groups, h + v, d]: a group's key head, then its value head.
+    The block is seen in both directions, or, if `causal`, by each row up to itself. `kv` is
+    [groups, h + v, d]: a group's key head, then its value head.
     """
 
-    def __init__(self, config: AttentionConfig, groups: int, epsilon, dtype, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self, config: AttentionConfig, causal: bool, groups: int, epsilon, dtype, rngs: nnx.Rngs
+    ):
+        self.config, self.causal = config, causal
         d, n, h, v = config.hidden_size, config.num_heads, config.head_dim, config.v_head_dim
         init = normal(INIT_SCALE)
         self.query = param(rngs, (n * h, d), ("heads", None), dtype, init)
@@ -58,6 +64,7 @@ class DraftAttention(nnx.Module):
         keys = jnp.concatenate([context.keys, k.transpose(0, 2, 1, 3)], axis=2)
         values = jnp.concatenate([context.values, v.transpose(0, 2, 1, 3)], axis=2)
         own = jnp.ones((*visible.shape[:2], x.shape[1]), bool)
+        own = jnp.tril(own) if self.causal else own
         visible = jnp.concatenate([visible, own], axis=2)
         sink = None if self.sink is None else self.sink[...]
         heads = attend(q, keys, values, visible, sink)
@@ -67,10 +74,11 @@ class DraftAttention(nnx.Module):
 class DraftBlock(nnx.Module):
     """One pre-norm layer of the drafter."""
 
-    def __init__(self, config: DrafterConfig, groups: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DrafterConfig, layer: int, groups: int, dtype, rngs: nnx.Rngs):
         d, epsilon = config.hidden_size, config.rms_norm_eps
+        attention, causal = config.attention_of(layer), layer in config.causal_layers
         self.input_norm = RMSNorm(d, epsilon, dtype, rngs)
-        self.attention = DraftAttention(config.attention, groups, epsilon, dtype, rngs)
+        self.attention = DraftAttention(attention, causal, groups, epsilon, dtype, rngs)
         self.post_norm = RMSNorm(d, epsilon, dtype, rngs)
         self.mlp = DenseMLP(d, config.intermediate_size, dtype, rngs)
 
@@ -100,11 +108,27 @@ class Drafter(nnx.Module):
         self.features = param(rngs, (d, taps * d), ("feature", None), dtype, init)
         self.context_norm = RMSNorm(d, config.rms_norm_eps, dtype, rngs)
         self.layers = nnx.List(
-            DraftBlock(config, groups, dtype, rngs) for _ in range(config.num_hidden_layers)
+            DraftBlock(config, layer, groups, dtype, rngs)
+            for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(d, config.rms_norm_eps, dtype, rngs)
         self.mask_embedding = param(rngs, (d,), (None,), dtype, init)
-        self.window = config.sliding_window
+
+    @property
+    def window(self) -> int:
+        """The window of all layers, for training, which knows no others.
+
+        Raises:
+          MimoError: if a layer is of another kind.
+        """
+        attentions = [layer.attention for layer in self.layers]
+        window = attentions[0].config.window
+        if window is None or any(a.causal or a.config.window != window for a in attentions):
+            raise MimoError(
+                "A drafter with full attention or a causal block cannot be trained here: give all "
+                "of its layers a sliding_window, and none in causal_layers."
+            )
+        return window
 
     @staticmethod
     def init_contexts(
@@ -113,8 +137,8 @@ class Drafter(nnx.Module):
         """Empty contexts, one for each layer; see `mimo_jax.model.drafters`."""
         groups = max(shards, config.num_key_value_heads)
         return tuple(
-            init_cache(config.attention, groups, batch, max_len, block, dtype)
-            for _ in range(config.num_hidden_layers)
+            init_cache(config.attention_of(layer), groups, batch, max_len, block, dtype)
+            for layer in range(config.num_hidden_layers)
         )
 
     def context(
@@ -169,8 +193,12 @@ class Drafter(nnx.Module):
 
         def draft():
             embedded = embed(model.embedding[...], anchor, parallel)[:, 0]
-            places = contexts[0].positions(start)
-            hidden = self(self.block(embedded, block), start, contexts, places, parallel)
+            places = {contexts[0].size: contexts[0].positions(start)}
+            for other in contexts:
+                if other.size not in places:  # Layers of one kind have the same rows.
+                    places[other.size] = other.positions(start)
+            rows = tuple(places[context.size] for context in contexts)
+            hidden = self(self.block(embedded, block), start, contexts, rows, parallel)
             return argmax(head_logits(hidden[:, 1:], model.head[...]), parallel)
 
         def nothing():
@@ -189,7 +217,7 @@ class Drafter(nnx.Module):
         block: Float[Array, "b t d"],
         start: Int32[Array, "b"],
         contexts: tuple[LayerCache, ...],
-        places: Int32[Array, "b s"],
+        places: Int32[Array, "b s"] | tuple[Int32[Array, "b _"], ...],
         parallel: Parallel = Parallel(),
     ) -> Float[Array, "b t d"]:
         """Drafts a block: row j, after the target's head, predicts the token at start + j.
@@ -197,18 +225,31 @@ class Drafter(nnx.Module):
         Args:
           block: embeddings from `block`.
           start: the anchor's position. Its own feature does not exist yet: only context rows at
-            positions strictly before it are seen, and within the window.
+            positions strictly before it are seen, and within the layer's window, if it has one.
           contexts: each layer's context.
-          places: the position of each context row; negative: none.
+          places: the position of each context row, for all layers or for each; negative: none.
           parallel: this device's place on the mesh.
 
         Returns:
           the hidden rows after the final norm.
         """
         positions = start[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
-        near = places[:, None, :] > positions[:, :, None] - self.window
-        visible = near & (places[:, None, :] >= 0) & (places < start[:, None])[:, None, :]
+        rows = places if isinstance(places, tuple) else (places,) * len(self.layers)
+        masks: dict[Any, Array] = {}
         h = block
-        for layer, context in zip(self.layers, contexts, strict=True):
-            h = layer(h, positions, context, visible, parallel)
+        for layer, context, at in zip(self.layers, contexts, rows, strict=True):
+            kind = id(at), layer.attention.config.window
+            if kind not in masks:
+                masks[kind] = _visible(at, start, positions, kind[1])
+            h = layer(h, positions, context, masks[kind], parallel)
         return self.norm(h)
+
+
+def _visible(places, start, positions, window: int | None) -> Bool[Array, "b t s"]:
+    """Which rows of the context each row of the block sees."""
+    written = places[:, None, :] >= 0
+    if window is None:
+        seen = jnp.broadcast_to(written, (*positions.shape, places.shape[1]))
+    else:
+        seen = (places[:, None, :] > positions[:, :, None] - window) & written
+    return seen & (places < start[:, None])[:, None, :]
