@@ -27,15 +27,21 @@ LAUNCHES = {
     "one-sum-wait": dataclasses.replace(ONE, ahead=False),
 }
 """Variants by name. "two-none" gives stages back too early and is for timing only."""
-FIRST = ("two", "two-used", "two-late")
-SECOND = ("one", "one-list", "one-sum", "one-sum-used", "one-sum-late")
+SOUND = ("two", "two-used", "one-sum", "one-sum-used")
+"""Checked on every shape; the others but "two-none" where bits once moved first."""
+BEST = ("two", "one-sum", "one-sum-used")
 
 Job = dict[str, Any]
 
 
+def launches_of(job: Job) -> list[str]:
+    """Names of the launches that a job runs."""
+    return job.get("launches", [job["launch"]] if "launch" in job else [])
+
+
 def checks(names) -> list[Job]:
-    """Correctness: each launch on the shapes whose bits once moved, and on the others once."""
-    jobs = []
+    """Correctness: on the shapes whose bits once moved, then on the others."""
+    jobs: list[Job] = []
     for shape, t, experts, scales in (
         ("pro-tp8", 8, 24, (118, 122)),
         ("pro-tp8", 11, 24, (118, 122)),
@@ -47,54 +53,56 @@ def checks(names) -> list[Job]:
         ("pro", 4, 24, (118, 122)),
         ("pro-tp8", 70, 24, (118, 122)),
     ):
-        few = [n for n in names if t <= 16 or not n.startswith("one")]
-        if few:
-            job = dict(shape=shape, t=t, experts=experts, scales=scales, launches=few)
-            jobs.append({"job": "check", **job})
+        some = [n for n in names if n in SOUND and (t <= 16 or n.startswith("two"))]
+        if not jobs:
+            some += [n for n in names if n not in SOUND and n != "two-none"]
+        if some:
+            known = dict(shape=shape, t=t, experts=experts, scales=scales)
+            jobs.append({"job": "check", **known, "launches": some})
     return jobs
 
 
 def times(names, shapes) -> list[Job]:
-    """Timings of launches: all on the shape in question, the first and last on the others."""
-    jobs = []
-    blocks = ((8, 59), (1, None), (2, None), (4, None), (16, None))
-    for name in names if "pro-tp8" in shapes else ():
-        for t, active in blocks:
-            if t in (1, 8) or name in ("two", "two-used", "one-sum", "one-sum-used"):
-                jobs.append(dict(shape="pro-tp8", t=t, active=active, launch=name))
-        if name in ("two", "one-sum"):
-            jobs.append(dict(shape="pro-tp8", t=8, active=None, zipf=1.0, launch=name))
-            jobs.append(dict(shape="pro-tp8", t=8, active=59, hooks="stream", launch=name))
-            jobs.append(dict(shape="pro-tp8", t=1, active=None, hooks="stream", launch=name))
-    for name in names:
-        if name in ("two", "two-used", "one-sum", "one-sum-used"):
-            more = [("pro", 8, 59), ("pro", 1, None), ("flash-tp8", 8, None), ("nano", 8, None)]
-            for shape, t, active in more:
-                if shape in shapes:
-                    jobs.append(dict(shape=shape, t=t, active=active, launch=name))
-    if "two" in names and "pro-tp8" in shapes:
-        for t in (64, 256, 1024, 2048):
-            jobs.append(dict(shape="pro-tp8", t=t, active=None, launch="two"))
-    if "two" in names and "pro" in shapes:
-        jobs.append(dict(shape="pro", t=8, active=59, launch="two-3"))
-    return [{"job": "time", **job} for job in jobs]
+    """Timings: all launches on the shape in question, the best on the others."""
+    jobs: list[Job] = []
+
+    def add(shape, launches, **job):
+        for name in launches:
+            if name in names and shape in shapes:
+                jobs.append({"job": "time", "shape": shape, **job, "launch": name})
+
+    add("pro-tp8", LAUNCHES, t=8, active=59)
+    add("pro-tp8", (*SOUND, "one", "one-list"), t=1)
+    for t in (2, 4, 16):
+        add("pro-tp8", BEST, t=t)
+    add("pro-tp8", BEST[:2], t=8, zipf=1.0)
+    add("pro-tp8", BEST[:2], t=8, active=59, hooks="stream")
+    add("pro-tp8", BEST[1:2], t=1, hooks="stream")
+    add("pro", (*SOUND, "two-3"), t=8, active=59)
+    add("pro", BEST[:2], t=1)
+    add("flash-tp8", BEST[:2], t=8)
+    add("flash-tp8", BEST[:2], t=1)
+    add("nano", BEST[:2], t=8)
+    for t in (64, 256, 1024, 2048):
+        add("pro-tp8", ("two",), t=t)
+    return jobs
 
 
 def jobs_for(check: bool, time: bool, prefill: bool, names, shapes) -> list[Job]:
     """All that was asked for, in the order in which it runs."""
     jobs: list[Job] = [{"job": "read"}] if time else []
-    early = [n for n in names if not n.startswith("one")]
-    late = [n for n in names if n.startswith("one")]
-    for some in (early, late):
-        sound = [n for n in some if n in (*FIRST, *SECOND)]
-        jobs += checks(sound) if check else []
+    for some in (
+        [n for n in names if not n.startswith("one")],
+        [n for n in names if n.startswith("one")],
+    ):
+        jobs += checks(some) if check else []
         jobs += times(some, shapes) if time else []
-        if time and some is early:
+        if time and "two" in some:
             jobs += [{"job": "list", "shape": "pro-tp8", "t": t} for t in (1, 8, 16)]
             jobs += [{"job": "xla", "shape": "pro-tp8", "t": 8}]
-        if time and any(n.startswith("one-sum") for n in some):
-            jobs += [{"job": "line", "shape": "pro-tp8", "t": t, "active": a, "launch": "one-sum"}
-                     for t, a in ((8, 59), (1, None))]  # fmt: skip
+        if time and "one-sum" in some:
+            line = {"job": "line", "shape": "pro-tp8", "launch": "one-sum"}
+            jobs += [{**line, "t": 8, "active": 59}, {**line, "t": 1}]
     if prefill:
         jobs += [{"job": "ragged", "shape": "pro-tp8", "t": t} for t in (64, 256, 1024, 2048)]
     return jobs

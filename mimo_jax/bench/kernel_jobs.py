@@ -383,6 +383,6 @@ def do(rng, job: Job, held: dict):
         yield from time_line(rng, job, held)
     elif kind == "read":
         yield {"read_GB/s": read_bandwidth(job.get("gib", 4))}
-    else:
+    elif kind != "skip":
         function = {"list": time_list, "xla": time_xla, "ragged": time_ragged}[kind]
         yield {"shape": job["shape"], "t": job["t"], "us": function(rng, shape, job["t"])}

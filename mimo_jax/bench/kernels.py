@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.bench.card import environment, print_json, print_table
-from mimo_jax.bench.kernel_cases import LAUNCHES, Job, jobs_for
+from mimo_jax.bench.kernel_cases import LAUNCHES, Job, jobs_for, launches_of
 from mimo_jax.errors import MimoError
 from pallas_kernels.expert_ffn import kernel_absence
 from pallas_kernels.expert_ffn.shapes import SHAPES
@@ -53,22 +53,39 @@ def work(jobs: list[Job], first: int, path: Path, seed: int) -> None:
 
 
 def supervise(jobs: list[Job], path: Path, seed: int, limit_s: float) -> list[tuple[Job, dict]]:
-    """Runs the jobs in processes that it ends when they fall silent; returns all results."""
-    first = 0
+    """Runs the jobs in processes that it ends when they fall silent; returns all results.
+
+    A launch that was lost once is not tried again; after two, nor is any of its family.
+    """
+    first, lost, left = 0, [], list(jobs)
     while first < len(jobs):
-        with subprocess.Popen(_command(jobs, first, path, seed), stdout=sys.stderr) as process:
+        with subprocess.Popen(_command(left, first, path, seed), stdout=sys.stderr) as process:
             try:
                 silent = _wait(process, path, limit_s)
             finally:
                 process.kill()
-        reached = max([first, *(line["begins"] for line in _lines(path) if "begins" in line)])
+        lines = _lines(path)
+        reached = max([first, *(line["begins"] for line in lines if "begins" in line)])
         if not silent and process.returncode == 0:
             break
         why = f"silent for {limit_s:.0f} s" if silent else f"exit code {process.returncode}"
-        known = {k: v for k, v in jobs[reached].items() if k != "job"}
-        _say(path, job=reached, result={**known, "error": why})
+        known = {k: v for k, v in jobs[reached].items() if k not in ("job", "launches")}
+        done = [line["result"].get("launch") for line in lines if line.get("job") == reached]
+        lost += [name for name in launches_of(jobs[reached]) if name not in done][:1]
+        _say(path, job=reached, result={**known, "launch": lost[-1:], "error": why})
         first = reached + 1
+        left = [_without(job, lost) for job in jobs]
     return [(jobs[line["job"]], line["result"]) for line in _lines(path) if "job" in line]
+
+
+def _without(job: Job, lost: list[str]) -> Job:
+    """The job without launches that were lost; nothing to do if it has no other."""
+    families = [name.split("-")[0] for name in lost]
+    names = launches_of(job)
+    kept = [n for n in names if n not in lost and families.count(n.split("-")[0]) < 2]
+    if names and not kept:
+        return {"job": "skip"}
+    return {**job, "launches": kept} if "launches" in job else job
 
 
 def _command(jobs, first, path, seed) -> list[str]:
@@ -128,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="also write each result here as it comes")
     parser.add_argument(
-        "--limit-s", type=float, default=60.0, help="silence after which a job is given up"
+        "--limit-s", type=float, default=45.0, help="silence after which a job is given up"
     )
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one")
 
@@ -159,7 +176,7 @@ def named(text: str, known, what: str) -> list[str]:
     return names
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> int:
     """Runs the benchmark and prints its table and its JSON line."""
     names = named(options.variants, LAUNCHES, "--variants")
     shapes = named(options.shapes, SHAPES, "--shapes")
@@ -181,6 +198,7 @@ def main(options: argparse.Namespace) -> None:
     result = {"benchmark": "kernels", **environment(), "seed": seed, **collect(results)}
     show(result)
     print_json(result)
+    return 0
 
 
 def show(result: dict[str, Any]) -> None:
