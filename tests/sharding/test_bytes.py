@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from helpers import Decoder, tiny_drafter, tiny_model
 
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import DrafterConfig, ModelConfig, MTPConfig
 from mimo_jax.decode.program import make_plan
 from mimo_jax.errors import MimoError
 from mimo_jax.presets import drafter_preset, preset
@@ -28,6 +28,7 @@ DIVIDED = {
     "down",
     "down_scale",
     "features",
+    "projection",
     "query",
     "kv",
 }
@@ -54,8 +55,13 @@ def test_parameters_on_each_device(name, layout, devices):
         config, num_hidden_layers=3, hybrid_layer_pattern=(0, 1, 0), moe_layer_freq=(0, 1, 1)
     )
     drafter = dataclasses.replace(drafter, num_hidden_layers=1, target_layer_ids=(0, 1, 2))
-    plan = make_plan(config, drafter, make_mesh(devices), layout=layout, dtype=jnp.bfloat16)
-    for state, shardings in zip(plan.params, plan.param_shardings, strict=True):
+    mesh, kinds = make_mesh(devices), {"layout": layout, "dtype": jnp.bfloat16}
+    plan = make_plan(config, drafter, mesh, **kinds)
+    mtp = make_plan(config, MTPConfig(config, 2), mesh, **kinds)
+    states = (*plan.params, mtp.params[1])
+    for state, shardings in zip(
+        states, (*plan.param_shardings, mtp.param_shardings[1]), strict=True
+    ):
         whole, one = bytes_by_name(state), bytes_by_name(state, shardings)
         print(
             f"{name}, {layout} on {devices}: {sum(whole.values())} B, {sum(one.values())} a device"

@@ -1,6 +1,8 @@
 """What the compiled loop does on eight devices: its collectives, and what it does not copy."""
 
+import dataclasses
 from collections import Counter
+from collections.abc import Set
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ from helpers import make_request
 from hlo import Module
 
 from mimo_jax import cache
+from mimo_jax.config import MTPConfig
 from mimo_jax.decode.program import Settings, make_plan, make_program, state_maker
 from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.sharding import make_mesh
 
 DEVICES, BLOCK, MAX_LEN = 8, 8, 2048
+MTP_LAYERS, WINDOW = 3, 139
 CONFIG = preset("mimo-nano")
 DRAFTER = drafter_preset("mimo-nano")
 MOVES = {
@@ -30,9 +34,9 @@ MOVES = {
 }
 
 
-def trace(layout="tensor", devices=DEVICES, batch=1, block=BLOCK):
+def trace(layout="tensor", devices=DEVICES, batch=1, block=BLOCK, config=CONFIG, drafter=DRAFTER):
     """The program of mimo-nano, traced and not yet compiled; nothing is allocated."""
-    plan = make_plan(CONFIG, DRAFTER, make_mesh(devices), layout=layout, dtype=jnp.float32)
+    plan = make_plan(config, drafter, make_mesh(devices), layout=layout, dtype=jnp.float32)
     settings = Settings(batch=batch, max_len=MAX_LEN, block=block, chunk=64, dtype=jnp.float32)
     state = jax.eval_shape(state_maker(plan, settings))
     request = make_request(batch, limit=100)
@@ -96,13 +100,13 @@ def test_no_weight_is_gathered(module):
     assert most < smallest_weight
 
 
-def cache_sized(instructions, block: int) -> list:
+def cache_sized(instructions, block: int, more: Set[int] = frozenset()) -> list:
     """Instructions that make an array of a cache's rows and columns, and may have copied it."""
     found = []
     heads = {CONFIG.head_dim, CONFIG.v_head_dim, DRAFTER.head_dim}
     attentions = [CONFIG.attention(layer) for layer in range(CONFIG.num_hidden_layers)]
     attentions.append(DRAFTER.attention)
-    rows = {cache.cache_rows(attention, MAX_LEN, block) for attention in attentions}
+    rows = {cache.cache_rows(attention, MAX_LEN, block) for attention in attentions} | more
     for i in instructions:
         for _, sizes in i.shapes:
             holds_cache = any(row in sizes for row in rows) and any(h in sizes for h in heads)
@@ -148,6 +152,10 @@ def test_only_the_drafter_joins_its_context_and_its_block(module):
 
 
 def test_nothing_calls_the_host(module):
+    check_host(module)
+
+
+def check_host(module):
     for i in decode_loop(module):
         assert i.opcode not in ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
         if i.opcode == "custom-call":
@@ -166,6 +174,53 @@ def inner_jaxprs(jaxpr):
                 yield from inner_jaxprs(value)
             elif hasattr(value, "eqns"):
                 yield from inner_jaxprs(jax.extend.core.ClosedJaxpr(value, []))
+
+
+@pytest.fixture(scope="module", params=["tensor", "expert"])
+def mtp(request) -> Module:
+    """With three MTP layers, on eight devices, and a window that is no other size."""
+    config = dataclasses.replace(CONFIG, sliding_window=WINDOW)
+    kinds = {"block": MTP_LAYERS + 1, "config": config, "drafter": MTPConfig(config, MTP_LAYERS)}
+    return Module(trace(request.param, **kinds).lower().compile().as_text())
+
+
+@pytest.mark.slow
+def test_collectives_of_a_round_of_mtp(mtp):
+    """Of each layer one row alone goes through attention's output, MLP and head."""
+    found = Counter()
+    for i in decode_loop(mtp):
+        if i.opcode.startswith(("all-", "reduce-scatter", "collective", "ragged", "send", "recv")):
+            shapes = tuple((dtype, tuple(n for n in s if n > 1)) for dtype, s in i.shapes)
+            found[i.opcode, shapes] += 1
+    d, block = CONFIG.hidden_size, MTP_LAYERS + 1
+    expected = Counter(
+        {
+            # Two a layer of the target, its block's embeddings, and those of the known tokens.
+            ("all-reduce", (("f32", (block, d)),)): 2 * CONFIG.num_hidden_layers + 2,
+            # Two a layer on its newest row, and the embeddings of all drafts but the last.
+            ("all-reduce", (("f32", (d,)),)): 2 * MTP_LAYERS + MTP_LAYERS - 1,
+            ("all-gather", (("f32", (block, DEVICES)),)): 1,
+            ("all-gather", (("s32", (block, DEVICES)),)): 1,
+            ("all-gather", (("f32", (block, CONFIG.vocab_size)),)): 1,
+            # Every device's best logit and its token, for each draft.
+            ("all-gather", (("f32", (DEVICES,)),)): MTP_LAYERS,
+            ("all-gather", (("s32", (DEVICES,)),)): MTP_LAYERS,
+        }
+    )
+    for layer in range(MTP_LAYERS):
+        # The projected rows: those of a block, and those that held drafts.
+        expected["all-gather", (("f32", (block + layer, d)),)] += 1
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_mtp_copies_no_cache_and_calls_no_host(mtp):
+    body, rings = decode_loop(mtp), {WINDOW, WINDOW + MTP_LAYERS}
+    sized = [i for i in cache_sized(body, MTP_LAYERS + 1, rings) if not writes_in_place(i, mtp)]
+    assert not sized, "\n".join(i.text[:160] for i in sized)
+    scatters = 2 * (CONFIG.num_hidden_layers + MTP_LAYERS) + 1
+    assert sum(i.opcode == "scatter" for i in body) >= scatters
+    check_host(mtp)
 
 
 def test_parameters_are_arguments_not_constants():
