@@ -3,15 +3,16 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from mimo_jax.checkpoint.assemble import Assembler
+from mimo_jax.checkpoint.assemble import Assembler, Index
 from mimo_jax.checkpoint.manifest import FLOATS
 from mimo_jax.checkpoint.safetensors import INDEX, SUFFIX, TensorFiles
 from mimo_jax.checkpoint.torch_file import read_mask_embedding
@@ -156,6 +157,20 @@ class Released:
             )
 
 
+@runtime_checkable
+class Source(Protocol):
+    """What `load` needs of an opened checkpoint."""
+
+    def assembler(self, shards: int = 1) -> Assembler:
+        """What makes parameters, for that many devices."""
+
+    def check_rows(self, parameter: str) -> None:
+        """Raises a MimoError if the rows of a parameter lie otherwise than its recipe says."""
+
+    def release(self, names: list[str]) -> None:
+        """Lets the memory of stored tensors go."""
+
+
 def is_released(directory: str | Path) -> bool:
     """Whether a directory looks like a checkpoint of safetensors files with a config.json."""
     directory = Path(directory)
@@ -216,20 +231,20 @@ def open_released(directory: str | Path, *, drafter: bool = True) -> Released:
 
 
 def load(
-    checkpoint: Released,
-    params: tuple[nnx.State, nnx.State | None],
+    checkpoint: Source,
+    params: tuple[nnx.State | None, nnx.State | None],
     shardings: tuple[Any, Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
     parts: tuple[str, str] = ("target", "drafter"),
-) -> tuple[nnx.State, nnx.State | None]:
+) -> tuple[nnx.State | None, nnx.State | None]:
     """Reads parameters onto a mesh; each device's part is made from the rows that it needs.
 
     What the abstract parameters ask for is made on the way: other float dtypes, repeated key/value
     heads for more devices than heads, plain weights out of FP8 and MXFP4, MXFP4 experts out of
-    others. Of host memory it takes what one device holds of one parameter, twice.
+    others. Of host memory it takes the size of one parameter, and as much of its file's pages.
 
     Args:
-      checkpoint: from `open_released`.
+      checkpoint: from `open_released`, or another source.
       params: abstract states, as a `decode.program.Plan` of `checkpoint.config` has them.
       shardings: NamedShardings in the same trees.
       progress: called with the bytes read so far and all bytes to read, as stored.
@@ -276,16 +291,19 @@ def load(
 
 def _place(assembler: Assembler, name: str, variable: Any, sharding: NamedSharding) -> jax.Array:
     """One parameter on the mesh."""
-    made: dict[Any, np.ndarray] = {}
+    shape = tuple(variable.shape)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        # Devices that hold the same part get the same array.
-        key = tuple(s.indices(size) for s, size in zip(index, variable.shape, strict=True))
-        if key not in made:
-            made[key] = assembler.make(name, variable.dtype, index)
-        return made[key]
+    def key(index: Index) -> tuple[tuple[int, int, int], ...]:
+        return tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
 
-    array = jax.make_array_from_callback(variable.shape, sharding, part)
+    # Devices that hold the same part get the same array; the others' are made side by side.
+    parts = {
+        key(index): index for index in sharding.addressable_devices_indices_map(shape).values()
+    }
+    with ThreadPoolExecutor(len(parts)) as pool:
+        arrays = pool.map(lambda index: assembler.make(name, variable.dtype, index), parts.values())
+        made = dict(zip(parts, arrays, strict=True))
+    array = jax.make_array_from_callback(shape, sharding, lambda index: made[key(index)])
     return jax.block_until_ready(array)
 
 
