@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from h200 import Case
 from jax.sharding import PartitionSpec
 
+from mimo_jax.config import MTPConfig
 from mimo_jax.decode.options import Request
 from mimo_jax.decode.program import (
     GPU_OPTIONS,
@@ -174,10 +175,19 @@ def auto_in_a_program(mesh) -> Case:
 
 def decode_nano(mesh) -> Case:
     """The whole decode program of mimo-nano, drafts included."""
-    plan = make_plan(
-        preset("mimo-nano"), drafter_preset("mimo-nano"), mesh, packed=True, dtype=jnp.bfloat16
-    )
-    settings = Settings(batch=1, max_len=2048, block=8, chunk=64, dtype=jnp.bfloat16)
+    return decode(mesh, drafter_preset("mimo-nano"))
+
+
+def decode_nano_mtp(mesh) -> Case:
+    """The same with MTP layers as the drafter."""
+    return decode(mesh, MTPConfig(preset("mimo-nano")))
+
+
+def decode(mesh, drafter) -> Case:
+    """The decode program of mimo-nano with a drafter."""
+    plan = make_plan(preset("mimo-nano"), drafter, mesh, packed=True, dtype=jnp.bfloat16)
+    block = drafter.block_size
+    settings = Settings(batch=1, max_len=2048, block=block, chunk=64, dtype=jnp.bfloat16)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         plan.params,

@@ -76,8 +76,9 @@ def test_auto_becomes_the_kernel_without_a_branch():
     assert not {"kConditional", "kWhile"} & {kind for graph in found.graphs for kind in graph}
 
 
-def test_the_decode_program_is_one_graph():
-    found = report("decode_nano")
+@pytest.mark.parametrize("case", ["decode_nano", "decode_nano_mtp"])
+def test_the_decode_program_is_one_graph(case):
+    found = report(case)
     assert not found.outside and len(found.graphs) == 1
     assert found.graphs[0].count("kWhile") >= 2
 

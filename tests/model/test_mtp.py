@@ -79,7 +79,10 @@ def example():
     return config, weights, random_mtp(config, LAYERS, seeded), tokens, residuals[-1]
 
 
-@pytest.mark.parametrize("normed", [False, True], ids=["before the norm", "after the norm"])
+NORMED = pytest.param(True, id="after the norm", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("normed", [pytest.param(False, id="before the norm"), NORMED])
 def test_every_row_equals_the_oracle_and_mistakes_are_caught(example, normed, rng):
     config, weights, layers, tokens, residual = example
     target = to_tree.target(config, weights)
