@@ -1,5 +1,6 @@
 """`mimo bench kernels` without a GPU: the order of its jobs; a stuck one loses only itself."""
 
+import importlib.util
 import json
 import sys
 
@@ -10,6 +11,7 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
 from mimo_jax.bench import kernel_cases, kernels  # noqa: E402
 from mimo_jax.bench.kernel_lines import read_stamps  # noqa: E402
+from mimo_jax.bench.roofline import points, roofline, time_line  # noqa: E402
 from mimo_jax.errors import MimoError  # noqa: E402
 
 WORKER = """
@@ -102,3 +104,29 @@ def test_a_time_line_counts_from_the_first_block_that_begins():
     found = read_stamps(stamps)
     assert found["events"]["finisher: begins"] == dict(first=0.0, median=100.0, last=200.0)
     assert found["blocks"]["finisher: gate/up done"] == [4000, 5000, 6000]
+
+
+def test_points_of_the_roofline():
+    base = {"shape": "pro", "t": 8, "slots": 59.0, "us": 50.0, "GB/s": 3000.0}
+    times = [
+        {**base, "launch": "one"},
+        {**base, "launch": "one", "hooks": "stream"},
+        {"shape": "pro", "launch": "one", "t": 1, "error": "silent"},
+        {**base, "variant": {"ctas": "128"}},
+        {**base, "t": 1, "variant": {"t": "1", "profile": "True"}},
+    ]
+    first, last = points({"times": times})
+    assert (first["launch"], first["MB"]) == ("one", 150.0)
+    assert (last["launch"], last["t"]) == ("two", 1)
+    with pytest.raises(MimoError, match="no timing"):
+        points({"times": times[1:3]})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_the_figures_hold_every_point_and_block():
+    row = {"shape": "pro", "launch": "one", "t": 8, "slots": 59.0, "us": 50.0, "GB/s": 3000.0}
+    figure = roofline({"times": [row, {**row, "launch": "two"}], "read_GB/s": 4000.0})
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3]
+    blocks = {"finisher: begins": [0, 100], "consumer: down done": [900, 1000]}
+    figure = time_line({"shape": "pro", "t": 8, "launch": "one", "blocks": blocks})
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(blocks)
