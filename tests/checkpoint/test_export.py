@@ -4,15 +4,18 @@ import dataclasses
 import json
 import pathlib
 
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from flax import nnx
 from oracles import to_tree
 from oracles.random_weights import example, random_checkpoint, random_drafter, random_drafter_config
-from safetensors.numpy import load_file
+from xiaomi_writer import Writer
 
 import mimo_jax
 from mimo_jax.checkpoint import released, store
+from mimo_jax.checkpoint.convert import convert
 from mimo_jax.checkpoint.export import export
 from mimo_jax.checkpoint.export_config import target_fields
 from mimo_jax.checkpoint.xiaomi import LAYOUTS
@@ -43,10 +46,20 @@ def saved(tmp_path_factory, module_rng):
     return folder, config, weights, draft
 
 
+def read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """A file's tensors, by the library of the format."""
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+    dtypes |= {"F32": np.float32, "U8": np.uint8}
+    return {
+        name: np.frombuffer(bytes(entry["data"]), dtypes[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in safetensors.deserialize(path.read_bytes())
+    }
+
+
 def read_all(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors that an index names, by the library of the format."""
+    """All tensors that an index names."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())
-    files = {file: load_file(directory / file) for file in set(index["weight_map"].values())}
+    files = {file: read_file(directory / file) for file in set(index["weight_map"].values())}
     assert sum(map(len, files.values())) == len(index["weight_map"])
     return {name: files[file][name] for name, file in index["weight_map"].items()}
 
@@ -82,8 +95,24 @@ def test_as_released(saved, tmp_path):
     for name, array in arrays.items():
         stored = assembler.stored(name)
         assert stored.dtype == array.dtype and stored.tobytes() == array.tobytes(), name
-    stored = load_file(tmp_path / "v26" / "dflash" / "dflash_draft_model.safetensors")
+    stored = read_file(tmp_path / "v26" / "dflash" / "dflash_draft_model.safetensors")
     assert stored.keys() == draft.keys() - {"mask_embedding"}
+
+
+def test_there_and_back(tmp_path, rng):
+    """A release, converted and exported again: every byte of every tensor that we read."""
+    writer = Writer("v2.6", rng)
+    draft = writer.write(tmp_path / "release")
+    convert(tmp_path / "release", tmp_path / "ours", verify=False)
+    export(tmp_path / "ours", tmp_path / "again", "v2.6")
+    wanted = {n: a for n, a in writer.stored.items() if not n.startswith(released.SKIPPED)}
+    found = read_all(tmp_path / "again")
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype and found[name].tobytes() == array.tobytes(), name
+    opened = released.open_released(tmp_path / "again")
+    assert opened.config == released.open_released(tmp_path / "release").config
+    np.testing.assert_array_equal(opened.mask.astype(np.float32), draft["mask_embedding"])
 
 
 def test_a_kill_leaves_no_checkpoint(saved, tmp_path, monkeypatch):
@@ -133,6 +162,6 @@ def test_transformers_generates_the_same(tmp_path):
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False)
     engine = mimo_jax.load(NANO, devices=1, progress=False)
-    assert engine.tokenizer.encode(PROMPT) == tuple(ids[0].tolist())
+    assert list(engine.tokenizer.encode(PROMPT)) == ids[0].tolist()
     ours = engine.generate(PROMPT, max_tokens=64, ignore_eos=True)
     assert list(ours.tokens) == out[0, ids.shape[1] :].tolist()
