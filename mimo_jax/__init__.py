@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mimo_jax.config import DrafterConfig, ModelConfig
+    from mimo_jax.decode.chat import ChatDelta, ChatOutput, ChatSession
     from mimo_jax.decode.output import Output, Piece, Stats
     from mimo_jax.engine import Engine, Session, load
     from mimo_jax.errors import MimoError
     from mimo_jax.planning.report import MemoryPlan, plan
     from mimo_jax.presets import drafter_preset, preset
     from mimo_jax.sharding import make_mesh
+    from mimo_jax.text.answer import ToolCall
 
 __all__ = [
+    "ChatDelta",
+    "ChatOutput",
+    "ChatSession",
     "DrafterConfig",
     "Engine",
     "MemoryPlan",
@@ -23,6 +28,7 @@ __all__ = [
     "Piece",
     "Session",
     "Stats",
+    "ToolCall",
     "drafter_preset",
     "load",
     "make_mesh",
@@ -31,6 +37,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ChatDelta": "decode.chat",
+    "ChatOutput": "decode.chat",
+    "ChatSession": "decode.chat",
     "DrafterConfig": "config",
     "Engine": "engine",
     "MemoryPlan": "planning.report",
@@ -40,6 +49,7 @@ _HOMES = {
     "Piece": "decode.output",
     "Session": "engine",
     "Stats": "decode.output",
+    "ToolCall": "text.answer",
     "drafter_preset": "presets",
     "load": "engine",
     "make_mesh": "sharding",

@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from mimo_jax.checkpoint import released, store
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS, Decoding
+from mimo_jax.decode.chat import check_every
+from mimo_jax.decode.conversing import Conversing
 from mimo_jax.decode.options import Options
 from mimo_jax.decode.output import Output, Piece
 from mimo_jax.decode.program import Plan, Settings, make_plan, make_program, state_maker
@@ -36,7 +38,7 @@ Prompt = str | Sequence[int]
 _log = logging.getLogger("mimo_jax")
 
 
-class Engine:
+class Engine(Conversing):
     """A model on a mesh, ready to answer. Made by `load`; not for several threads at once.
 
     Programs are compiled when first needed, one for each batch size and prefill chunk; options
@@ -60,6 +62,7 @@ class Engine:
         experts: str,
         dtype: Any,
         progress: bool,
+        directory: Path | None = None,
     ):
         self.config: ModelConfig = plan.config
         self.drafter: AnyDrafterConfig | None = plan.drafter
@@ -68,6 +71,7 @@ class Engine:
         self.experts = experts
         self._plan, self._params, self._dtype = plan, params, dtype
         self._progress = progress
+        Conversing.__init__(self, directory)
         self._programs: dict[tuple[int, int], Any] = {}
         self._makers: dict[int, Any] = {}
         self._idle: tuple[int, State] | None = None
@@ -129,10 +133,7 @@ class Engine:
         Raises:
           MimoError: at once, for an option or a prompt that is not allowed.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise MimoError(
-                f"every={every!r} is not allowed: it must be a whole number, 1 or more."
-            )
+        check_every(every)
         checked = Options.check(self.block, self.config.vocab_size, options)
         tokens = self._encode(prompt)
         return self._pieces(tokens, every, checked)
@@ -164,6 +165,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees the parameters and caches; the engine cannot be used any more."""
+        self._close_format()
         if self._params is not None:
             for leaf in jax.tree.leaves((self._params, self._idle)):
                 if isinstance(leaf, jax.Array):
@@ -415,7 +417,14 @@ def load(
         f"{time.perf_counter() - start:.1f} s."
     )
     return Engine(
-        plan, params, tokenizer, max_len=max_len, experts=mode, dtype=dtype, progress=progress
+        plan,
+        params,
+        tokenizer,
+        max_len=max_len,
+        experts=mode,
+        dtype=dtype,
+        progress=progress,
+        directory=checkpoint.directory,
     )
 
 

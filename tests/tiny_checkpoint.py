@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from mimo_jax.checkpoint import store
@@ -58,10 +59,12 @@ FAVOURED = "é世a 🎉"
 """The model mostly emits these characters' bytes: drafts agree at times, and UTF-8 is cut."""
 
 
-def write_tokenizer(path: pathlib.Path, vocab: int = 300) -> Tokenizer:
-    """Trains a small vocabulary on words of letters, and writes it."""
+def write_tokenizer(path: pathlib.Path, vocab: int = 300, added: tuple[str, ...] = ()) -> Tokenizer:
+    """Trains a small vocabulary on words of letters, adds some tokens, and writes it."""
     words = [f"{a}{b}{c} = {b}{a}" for a in "abcdefgh" for b in "xyzuvw" for c in "klmn"]
-    train_tokenizer(iter(words), vocab).save(str(path))
+    backend = train_tokenizer(iter(words), vocab)
+    backend.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in added])
+    backend.save(str(path))
     return Tokenizer.from_file(path)
 
 
@@ -73,7 +76,7 @@ def _build(key):
     return nnx.state(model), nnx.state(drafter)
 
 
-def random_params(tokenizer: Tokenizer, seed: int):
+def random_params(tokenizer: Tokenizer, seed: int, favoured: str = FAVOURED):
     """Target and drafter states, random but for a head that favours a few tokens."""
     target, drafter = _build(jax.random.key(seed))
     target["embedding"].set_value(50 * target["embedding"][...])
@@ -81,19 +84,27 @@ def random_params(tokenizer: Tokenizer, seed: int):
     for path, variable in nnx.to_flat_state(target):
         if path[-2:] in (("attention", "qkv"), ("attention", "output")):
             variable.set_value(10 * variable[...])
-    favoured = np.ones((CONFIG.vocab_size, 1), np.float32)
-    favoured[list(tokenizer.encode(FAVOURED))] = 3
-    target["head"].set_value(target["head"][...] * jnp.asarray(5 * favoured))
+    scale = np.ones((CONFIG.vocab_size, 1), np.float32)
+    scale[list(tokenizer.encode(favoured, specials=True))] = 3
+    target["head"].set_value(target["head"][...] * jnp.asarray(5 * scale))
     return target, drafter
 
 
-def write_checkpoint(folder: pathlib.Path, seed: int = 0, drafter: bool = True) -> pathlib.Path:
-    """Saves a random checkpoint; returns its directory."""
-    tokenizer = write_tokenizer(folder / "source-tokenizer.json")
-    target, draft = random_params(tokenizer, seed)
+def write_checkpoint(
+    folder: pathlib.Path,
+    seed: int = 0,
+    drafter: bool = True,
+    *,
+    config: ModelConfig = CONFIG,
+    added: tuple[str, ...] = (),
+    favoured: str = FAVOURED,
+) -> pathlib.Path:
+    """Saves a random checkpoint, its tokenizer with added tokens; returns its directory."""
+    tokenizer = write_tokenizer(folder / "source-tokenizer.json", added=added)
+    target, draft = random_params(tokenizer, seed, favoured)
     store.save(
         folder / "model",
-        CONFIG,
+        config,
         target,
         *((DRAFTER, draft) if drafter else ()),
         tokenizer=folder / "source-tokenizer.json",

@@ -27,10 +27,12 @@ class Decoding:
     Args:
       engine: the Engine that lends the state and compiles the programs.
       batch: number of sequences.
+      eos_ids: tokens that end an answer; the engine's by default.
     """
 
-    def __init__(self, engine: Any, batch: int):
+    def __init__(self, engine: Any, batch: int, eos_ids: tuple[int, ...] | None = None):
         self.engine = engine
+        self.eos_ids = engine.eos_ids if eos_ids is None else eos_ids
         self.state: State | None = engine._take(batch)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.done = np.zeros(batch, bool)
@@ -95,7 +97,7 @@ class Decoding:
     def advance(self, pauses: np.ndarray) -> None:
         """Decodes until each sequence is over or has at least that length: one launch."""
         engine = self.engine
-        request = self.options.request(self.limits, pauses, engine.eos_ids, engine._plan.mesh)
+        request = self.options.request(self.limits, pauses, self.eos_ids, engine._plan.mesh)
         batch = len(self.tokens)
         program, seconds = engine._program(batch, self.chunk, self.state, request)
         self.compile_s += seconds

@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mimo_jax.decode.sampling import Request
 from mimo_jax.errors import MimoError
 
+MOST_ENDS = 8
+"""Tokens that can end an answer; programs are compiled for so many, and fewer need no others."""
+
 COLDEST = 1e-4
 """The least temperature but 0: logits divided by less could leave float32."""
 
@@ -86,7 +89,7 @@ class Options:
           mesh: of the program.
         """
         batch = len(limits)
-        eos = np.full(max(len(eos_ids), 1), -1, np.int32)
+        eos = np.full(max(len(eos_ids), MOST_ENDS), -1, np.int32)
         if not self.ignore_eos:
             eos[: len(eos_ids)] = eos_ids
         values = {
