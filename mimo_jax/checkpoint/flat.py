@@ -1,10 +1,8 @@
-"""Parameter trees as flat dictionaries of arrays, and as numbered .npz parts of bounded size."""
+"""Parameter trees as flat dictionaries of arrays by dotted name, and back."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -60,40 +58,3 @@ def nest(arrays: dict[str, Any]) -> dict[str, Any]:
             place = place.setdefault(folder, {})
         place[last] = value
     return tree
-
-
-def write_parts(
-    folder: Path, name: str, arrays: dict[str, np.ndarray], limit: int = 15 << 20
-) -> None:
-    """Writes arrays as name-0.npz, name-1.npz, ..., each with at most `limit` bytes of them."""
-    parts: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for key, array in arrays.items():
-        if size + array.nbytes > limit and parts[-1]:
-            parts.append({})
-            size = 0
-        # npz knows no bfloat16: its bits travel as uint16, marked in the name.
-        if array.dtype == ml_dtypes.bfloat16:
-            key, array = f"bfloat16:{key}", array.view(np.uint16)
-        parts[-1][key] = array
-        size += array.nbytes
-    for index, part in enumerate(parts):
-        np.savez(folder / f"{name}-{index}.npz", **part)
-
-
-def read_parts(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """Reads what `write_parts` wrote.
-
-    Raises:
-      MimoError: if there is nothing of that name.
-    """
-    paths = sorted(folder.glob(f"{name}-*.npz"))
-    if not paths:
-        raise MimoError(f"{folder} holds no {name}-0.npz: run the stage that writes it first.")
-    arrays: dict[str, np.ndarray] = {}
-    for path in paths:
-        with np.load(path, allow_pickle=False) as part:
-            for key in part.files:
-                kind, _, bare = key.rpartition(":")
-                arrays[bare] = part[key].view(ml_dtypes.bfloat16) if kind else part[key]
-    return arrays

@@ -1,4 +1,4 @@
-"""The corpus as tokens: packed rows, batches by step number, held-out rows and prompts.
+"""What measurements of mimo-nano need: its tokenizer, held-out text and prompts.
 
     python -m mimo_jax.train.data --corpus .corpus --out checkpoints/mimo-nano
 
@@ -15,103 +15,14 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, UInt16
 
 from mimo_jax.errors import MimoError
 from mimo_jax.text.tokenizer import Tokenizer, train_tokenizer
 from mimo_jax.train.corpus import Document, find_wheel, read_archive, write_archive
 from mimo_jax.train.corpus_sources import HELD_OUT
+from mimo_jax.train.sources import pack
 
 PROMPT_TOKENS = 256
-BATCH_OF_DOCUMENTS = 1000
-
-
-def pack(texts: list[str], tokenizer: Tokenizer) -> UInt16[np.ndarray, " n"]:
-    """The texts' tokens one after another, each text followed by <|endoftext|>.
-
-    Raises:
-      MimoError: if the vocabulary does not fit 16 bits.
-    """
-    if tokenizer.vocab_size > 1 << 16:
-        raise MimoError(
-            f"The vocabulary has {tokenizer.vocab_size} tokens; packed tokens are uint16, which "
-            "takes 65536. Use a smaller tokenizer for training."
-        )
-    end = np.array([tokenizer.end_of_text_id], np.uint16)
-    parts = []
-    for first in range(0, len(texts), BATCH_OF_DOCUMENTS):
-        encoded = tokenizer.encode_batch(texts[first : first + BATCH_OF_DOCUMENTS])
-        parts += [part for ids in encoded for part in (np.array(ids, np.uint16), end)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
-
-
-def load_tokens(path: Path, tokenizer: Tokenizer) -> UInt16[np.ndarray, " n"]:
-    """The packed tokens of an archive of `mimo_jax.train.corpus`, tokenised on all cores.
-
-    Raises:
-      MimoError: if the archive is missing or damaged.
-    """
-    return pack(read_archive(path), tokenizer)
-
-
-class Batches:
-    """Batches of packed rows, each a function of (seed, step) alone, so that a run can be resumed.
-
-    The tokens are cut into rows; every epoch is a permutation of them of its own.
-    """
-
-    def __init__(self, tokens: UInt16[np.ndarray, " n"], batch: int, length: int, seed: int):
-        """Prepares `batch_at`; copies nothing.
-
-        Args:
-          tokens: packed; what does not fill a last row is left out.
-          batch: rows of a batch.
-          length: tokens of a row.
-          seed: of the permutations.
-
-        Raises:
-          MimoError: if there are not enough tokens for one batch.
-        """
-        count = len(tokens) // length
-        if count < batch:
-            raise MimoError(
-                f"{len(tokens)} tokens make {count} rows of {length}, a batch needs {batch}: "
-                "use more text, a smaller batch or shorter rows."
-            )
-        self.rows = tokens[: count * length].reshape(count, length)
-        self.batches_per_epoch = count // batch
-        self._batch, self._seed = batch, seed
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
-
-    def batch_at(self, step: int) -> Int32[np.ndarray, "b t"]:
-        """The rows of a step, counted from 0, as int32."""
-        epoch, index = divmod(step, self.batches_per_epoch)
-        if self._order[0] != epoch:
-            random = np.random.default_rng((self._seed, epoch))
-            self._order = epoch, random.permutation(len(self.rows))
-        chosen = self._order[1][index * self._batch : (index + 1) * self._batch]
-        return self.rows[chosen].astype(np.int32)
-
-
-def heldout_rows(
-    path: Path, tokenizer: Tokenizer, length: int
-) -> tuple[UInt16[np.ndarray, "n t"], int]:
-    """Held-out text as packed rows, for bits per byte.
-
-    Args:
-      path: an archive, such as a checkpoint's heldout.txt.xz.
-      tokenizer: the model's.
-      length: tokens of a row.
-
-    Returns:
-      The rows, and the bytes of text that their tokens 1 to t-1 stand for (a row's first token is
-      given, not predicted; the end of a text has no bytes). The last, partial row is left out.
-
-    Raises:
-      MimoError: if the archive is missing, damaged, or shorter than a row.
-    """
-    rows = Batches(load_tokens(path, tokenizer), 1, length, seed=0).rows
-    return rows, len(tokenizer.decode_bytes(rows[:, 1:].ravel().tolist()))
 
 
 def choose_prompts(
@@ -214,7 +125,7 @@ def write_heldout(corpus: Path, out: Path, tokenizer: Tokenizer, size: int, prom
         "prompt_files": len({record["file"] for record in records}),
         "heldout_files": [document.path for document in chosen],
         "heldout_bytes": len(plain),
-        "heldout_tokens": len(pack([document.text for document in chosen], tokenizer)),
+        "heldout_tokens": len(pack((document.text for document in chosen), tokenizer).ids),
         "xz_bits_per_byte": round(8 * len(lzma.compress(plain, preset=9)) / len(plain), 4),
     }
 

@@ -1,76 +1,161 @@
-"""The target's own answers to prompts from a corpus, made in large batches, as training rows."""
+"""The target's own answers to prompts out of the data, made in large batches, as training rows."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mimo_jax.config import ModelConfig
-from mimo_jax.decode.program import Settings, make_plan, make_program, make_state
+from mimo_jax.checkpoint.manifest import write_atomically
+from mimo_jax.decode.program import Plan, Settings, make_program, state_maker
 from mimo_jax.decode.sampling import Request
-from mimo_jax.sharding import make_mesh
+from mimo_jax.errors import MimoError
+from mimo_jax.train.sources import Tokens
 
-LENGTH = 512
-"""Tokens of a row, prompt included."""
+TOP_P = 0.95
 
 
-def generate_rows(
-    shapes: ModelConfig,
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What is generated.
+
+    Attributes:
+      rows: how many; rounded up to whole batches.
+      length: tokens of a row, prompt included.
+      batch: rows at once.
+      greedy: share without noise.
+      coldest: least temperature of the others.
+      hottest: largest temperature of the others.
+      seed: of prompts and noise.
+    """
+
+    rows: int
+    length: int
+    batch: int
+    greedy: float
+    coldest: float
+    hottest: float
+    seed: int
+
+
+def prepare_answers(
+    folder: Path,
+    plan: Plan,
     params: nnx.State,
-    tokens: np.ndarray,
-    count: int,
-    seed: int,
+    tokens: Tokens,
+    how: Answers,
+    end: int,
     log: Callable,
-    batch: int = 512,
-) -> np.ndarray:
-    """Continues random windows of the corpus, a third greedily and the rest at temperatures to 1.
+) -> Tokens:
+    """The rows of `generate`, kept in a folder so that a run that goes on has the same ones."""
+    done = folder / "own.json"
+    if not done.exists() or json.loads(done.read_text()) != dataclasses.asdict(how):
+        made = generate(plan, params, tokens, how, end, log)
+        np.save(folder / "own.npy", made.ids)
+        np.save(folder / "own-trained.npy", made.trained)
+        write_atomically(done, (json.dumps(dataclasses.asdict(how)) + "\n").encode())
+    return Tokens(np.load(folder / "own.npy"), np.load(folder / "own-trained.npy"))
+
+
+def generate(
+    plan: Plan, params: nnx.State, tokens: Tokens, how: Answers, end: int, log: Callable
+) -> Tokens:
+    """Answers prompts out of the data by the loop that decoding runs, some greedily.
 
     Args:
-      shapes: of the target.
-      params: dense parameters of one device.
-      tokens: the corpus.
-      count: rows wanted; rounded up to whole batches.
-      seed: of windows and noise.
-      log: gets (rows done, measurements).
-      batch: rows generated at once, at most.
+      plan: of the target, without a drafter.
+      params: its parameters.
+      tokens: the data.
+      how: what to generate.
+      end: the id between documents.
+      log: gets words on the progress.
 
     Returns:
-      uint16 rows [n, LENGTH], each 64 to 256 tokens of prompt and then the target's answer. No
-      token ends a row early: what follows an end of text is trained on too, as in the corpus.
+      rows of `how.length` tokens, one after another; trained on is what the target wrote. No token
+      ends a row early: what follows an end of text is trained on too, as in the data.
+
+    Raises:
+      MimoError: if there is no prompt that leaves room for an answer.
     """
-    batch = min(batch, count)
-    plan = make_plan(shapes, None, make_mesh(1), packed=False, dtype=params["embedding"].dtype)
-    settings = Settings(batch=batch, max_len=LENGTH, block=1, chunk=64, dtype=jnp.bfloat16)
-    program = make_program(plan, settings)
-    random = np.random.default_rng(seed)
-    done, start = [], time.perf_counter()
-    for number in range(-(-count // batch)):
-        starts = random.integers(0, len(tokens) - LENGTH, batch)
-        lengths = random.integers(64, 257, batch).astype(np.int32)
-        rows = np.zeros((batch, LENGTH + settings.block), np.int32)
-        for row, first, length in zip(rows, starts, lengths, strict=True):
-            row[:length] = tokens[first : first + length]
-        temperature = random.uniform(0.3, 1.0, batch) * (random.random(batch) > 1 / 3)
-        request = Request(
-            limit=jnp.full(batch, LENGTH, jnp.int32),
-            pause=jnp.full(batch, LENGTH, jnp.int32),
-            eos=jnp.full(1, -1, jnp.int32),
-            temperature=jnp.asarray(temperature, jnp.float32),
-            top_p=jnp.full(batch, 0.95, jnp.float32),
-            top_k=jnp.zeros(batch, jnp.int32),
-            seed=jnp.uint32(seed),
-            sequence=jnp.arange(batch, dtype=jnp.int32) + number * batch,
-            max_draft=jnp.int32(0),
-        )
-        state = make_state(plan, settings)
-        state = dataclasses.replace(state, tokens=jnp.asarray(rows), length=jnp.asarray(lengths))
+    batch = min(how.batch, how.rows)
+    random = np.random.default_rng(how.seed)
+    prompts = _prompts(tokens, how, end)
+    settings = Settings(batch, how.length, 1, 64, params["embedding"][...].dtype)
+    program, empty = make_program(plan, settings), state_maker(plan, settings)
+    ids, trained, start = [], [], time.perf_counter()
+    for number in range(-(-how.rows // batch)):
+        rows = np.zeros((batch, how.length + settings.block), np.int32)
+        lengths = np.zeros(batch, np.int32)
+        for row in range(batch):
+            prompt = prompts(random)
+            rows[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        noisy = random.random(batch) >= how.greedy
+        temperature = random.uniform(how.coldest, how.hottest, batch) * noisy
+        state = empty()
+        fields = {"tokens": rows, "length": lengths}
+        places = {name: getattr(state, name).sharding for name in fields}
+        state = dataclasses.replace(state, **jax.device_put(fields, places))
+        request = _request(how, batch, number, temperature)
         state = program((params, None), state, request)
-        done.append(np.asarray(state.tokens)[:, :LENGTH].astype(np.uint16))
-        log(
-            len(done) * batch,
-            {"generated_rows": len(done) * batch, "seconds": time.perf_counter() - start},
+        ids.append(np.asarray(state.tokens)[:, : how.length])
+        trained.append(np.arange(how.length) >= lengths[:, None])
+        seconds = time.perf_counter() - start
+        log(f"{len(ids) * batch} of the target's own answers, {seconds:.0f} s")
+    flat = np.concatenate(ids).reshape(-1).astype(tokens.ids.dtype)
+    return Tokens(flat, np.concatenate(trained).reshape(-1))
+
+
+def _request(how: Answers, batch: int, number: int, temperature: np.ndarray) -> Request:
+    """A batch's request: each row's noise is its own."""
+    return Request(
+        limit=jnp.full(batch, how.length, jnp.int32),
+        pause=jnp.full(batch, how.length, jnp.int32),
+        eos=jnp.full(1, -1, jnp.int32),
+        temperature=jnp.asarray(temperature, jnp.float32),
+        top_p=jnp.full(batch, TOP_P, jnp.float32),
+        top_k=jnp.zeros(batch, jnp.int32),
+        seed=jnp.uint32(how.seed),
+        sequence=jnp.arange(batch, dtype=jnp.int32) + number * batch,
+        max_draft=jnp.int32(0),
+    )
+
+
+def _prompts(tokens: Tokens, how: Answers, end: int) -> Callable:
+    """Draws a prompt: where the data have chats, all before an answer; else a piece of text.
+
+    Prompts take at most half of a row, pieces of text at least an eighth.
+    """
+    longest, shortest = how.length // 2, max(1, how.length // 8)
+    ids, trained = tokens.ids, tokens.trained
+    starts = np.flatnonzero(trained[1:] & ~trained[:-1]) + 1
+    if not len(starts):
+        if len(ids) <= how.length:
+            raise MimoError(
+                f"The data have {len(ids)} tokens, a prompt is drawn from {how.length} (drafter."
+                "own_length): use more text, or shorter rows."
+            )
+
+        def draw(random: np.random.Generator) -> np.ndarray:
+            first = random.integers(0, len(ids) - longest)
+            return ids[first : first + random.integers(shortest, longest + 1)]
+
+        return draw
+    ends = np.concatenate([[-1], np.flatnonzero(np.asarray(ids) == end)])
+    begins = ends[np.searchsorted(ends, starts) - 1] + 1
+    short = np.flatnonzero(starts - begins <= longest)
+    if not len(short):
+        raise MimoError(
+            f"Every chat has more than {longest} tokens before an answer, half of "
+            f"drafter.own_length={how.length}: make rows longer."
         )
-    return np.concatenate(done)
+
+    def draw_chat(random: np.random.Generator) -> np.ndarray:
+        index = short[random.integers(len(short))]
+        return ids[begins[index] : starts[index]]
+
+    return draw_chat

@@ -10,9 +10,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from mimo_jax.model.moe import MoE
+from mimo_jax.sharding import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -20,9 +21,9 @@ from mimo_jax.model.moe import MoE
 class Load:
     """What a layer's router did to a batch."""
 
-    chosen: Int32[Array, "e"]
+    chosen: Leaf  # int32 [e]
     """Choices of each expert."""
-    dropped: Float[Array, ""]
+    dropped: Leaf  # float32 []
     """Share of the choices that found no place."""
 
 

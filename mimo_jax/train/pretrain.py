@@ -1,22 +1,22 @@
-"""Training the target on packed tokens, in bfloat16 with float32 masters, with or without MXFP4."""
+"""Training the target on packed tokens: float32 masters, low-precision compute, MXFP4 or not."""
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.model.mimo import MiMo, head_logits
 from mimo_jax.model.moe import MoE
 from mimo_jax.quant.mxfp4 import fake_quantize
-from mimo_jax.sharding import Parallel
+from mimo_jax.sharding import Leaf, Parallel
 from mimo_jax.train.experts import Load, grouped_moe
+from mimo_jax.train.steps import path_name
 
 EXPERTS = ("gate_up", "down")
 
@@ -28,85 +28,185 @@ class TrainState:
 
     params: nnx.State
     optimizer: optax.OptState
-    step: Int32[Array, ""]
+    step: Leaf  # int32 []
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a step computes.
+
+    Attributes:
+      rule: how MXFP4's shared exponents are chosen; None trains without the rounding.
+      dtype: of the forward and backward pass; masters are float32.
+      balance: how far a router's bias moves a step, up for experts with less than the mean load and
+        down for those with more (DeepSeek-V3, section 2.1.2); no gradient reaches it.
+      capacity: places of an expert, times the mean load.
+      accumulate: parts that a batch is taken in.
+      remat: compute layers again in the backward pass.
+      chunk: positions of a row whose logits exist at once; 0 is all.
+    """
+
+    rule: str | None = None
+    dtype: jnp.dtype = jnp.dtype(jnp.bfloat16)
+    balance: float = 1e-3
+    capacity: float = 1.5
+    accumulate: int = 1
+    remat: bool = False
+    chunk: int = 0
 
 
 def is_expert(path) -> bool:
     """Whether a parameter's path leads to an expert's matrix, which MXFP4 stores."""
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-    return "experts" in names and any(name in EXPERTS for name in names)
+    names = path_name(path).split(".")
+    return "experts" in names and names[-1] in EXPERTS
 
 
-def compute_params(params: nnx.State, rule: str | None) -> nnx.State:
-    """The weights that the forward pass uses: bfloat16, but for the router, which stays float32.
+def compute_params(params: nnx.State, rule: str | None, dtype=jnp.bfloat16) -> nnx.State:
+    """The weights that the forward pass uses: in `dtype`, but for the router, which stays float32.
 
     With a rule for the shared exponent, experts are as MXFP4 keeps them; with None, as they are.
     """
 
     def cast(path, value):
-        names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
-        if "router" in names:
+        if "router" in path_name(path).split("."):
             return value
         if rule is not None and is_expert(path):
             value = fake_quantize(value, rule)
-        return value.astype(jnp.bfloat16)
+        return value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def run_sequences(
-    model: MiMo, tokens: Int32[Array, "b t"], factor: float
+    model: MiMo, tokens: Int32[Array, "b t"], factor: float, remat: bool = False
 ) -> tuple[Array, list[Array], list[Load]]:
     """Whole sequences: the residual stream, its value after each layer, and the routers' loads."""
     h = model.embedding[...][tokens]
     outputs, loads = [], []
 
-    def feed_forward(ffn, x):
-        if not isinstance(ffn, MoE):
-            return ffn(x, Parallel())
-        mixed, load = grouped_moe(ffn, x, factor)
-        loads.append(load)
-        return mixed
+    def through(layer, h):
+        found = []
+
+        def feed_forward(ffn, x):
+            if not isinstance(ffn, MoE):
+                return ffn(x, Parallel())
+            mixed, load = grouped_moe(ffn, x, factor)
+            found.append(load)
+            return mixed
+
+        return layer.sequence(h, feed_forward), found
 
     for layer in model.layers:
-        h = layer.sequence(h, feed_forward)
+
+        def one(h, layer=layer):
+            return through(layer, h)
+
+        h, found = jax.checkpoint(one)(h) if remat else one(h)
+        loads += found
         outputs.append(h)
     return h, outputs, loads
 
 
-def token_losses(model: MiMo, h: Float[Array, "b t d"], tokens: Int32[Array, "b t"]):
-    """Cross-entropy in nats of tokens 1 to t-1 given those before them, [b, t-1]."""
-    logits = head_logits(model.norm(h[:, :-1]), model.head[...])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+def in_chunks(function: Callable, chunk: int, *arrays: Array):
+    """`function` over pieces of the arrays' second axis, joined; each is computed again backwards.
+
+    What it makes on the way, such as logits over a large vocabulary, exists for one piece at a
+    time.
+
+    Args:
+      function: takes arrays [b, c, ...], gives arrays [b, c, ...].
+      chunk: length of a piece; 0 is the whole axis, in which nothing is computed twice.
+      *arrays: [b, t, ...].
+    """
+    b, t = arrays[0].shape[:2]
+    if not 0 < chunk < t:
+        return function(*arrays)
+    pieces = -(-t // chunk)
+
+    def split(x):
+        padding = [(0, 0), (0, pieces * chunk - t)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, padding).reshape(b, pieces, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(b, pieces * chunk, *x.shape[3:])[:, :t]
+
+    inner = jax.checkpoint(lambda parts: function(*parts))
+    return jax.tree.map(join, lax.map(inner, tuple(map(split, arrays))))
 
 
-def make_step(graph, optimizer: optax.GradientTransformation, rule: str | None, balance: float):
-    """The jitted `step(state, tokens) -> (state, metrics)`; the state is donated.
+def token_losses(
+    model: MiMo, h: Float[Array, "b t d"], tokens: Int32[Array, "b t"], chunk: int = 0
+) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
+    """Cross-entropy in nats of tokens 1 to t-1 given those before them; whether each is the top."""
+    head = model.head[...]
 
-    `rule` makes the training MXFP4-aware. `balance` is how far a router's bias moves a step, up for
-    experts with less than the mean load and down for those with more (DeepSeek-V3, section 2.1.2);
-    no gradient reaches it.
+    def losses(x, labels):
+        logits = head_logits(x, head)
+        right = jnp.argmax(logits, axis=-1) == labels
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels), right
+
+    return in_chunks(losses, chunk, model.norm(h[:, :-1]), tokens[:, 1:])
+
+
+def make_step(graph, optimizer: optax.GradientTransformation, recipe: Recipe, **jit) -> Callable:
+    """The jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+
+    Args:
+      graph: of the target.
+      optimizer: of `make_optimizer`.
+      recipe: how it computes.
+      **jit: options of jax.jit, such as out_shardings.
     """
 
-    def loss_fn(params, tokens):
-        model = nnx.merge(graph, compute_params(params, rule))
-        h, _, loads = run_sequences(model, tokens, factor=1.5)
-        return token_losses(model, h, tokens).mean(), loads
+    def loss_fn(params, tokens, trained, total):
+        model = nnx.merge(graph, compute_params(params, recipe.rule, recipe.dtype))
+        h, _, loads = run_sequences(model, tokens, recipe.capacity, recipe.remat)
+        nats, _ = token_losses(model, h, tokens, recipe.chunk)
+        return (nats * trained[:, 1:]).sum() / total, loads
 
-    def step(state: TrainState, tokens):
-        (loss, loads), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens)
+    def step(state: TrainState, batch):
+        tokens, trained = batch["tokens"], batch["trained"].astype(jnp.float32)
+        total = jnp.maximum(trained[:, 1:].sum(), 1.0)
+        (loss, loads), gradient = accumulate(
+            jax.value_and_grad(loss_fn, has_aux=True),
+            recipe.accumulate,
+            state.params,
+            (tokens, trained),
+            total,
+        )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        params = _balance(params, loads, balance)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(gradient),
-            "dropped": jnp.stack([load.dropped for load in loads]).mean(),
-            "busiest": jnp.stack([_busiest(load) for load in loads]).max(),
-        }
+        params = _balance(params, loads, recipe.balance)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
+        if loads:
+            dropped = jnp.stack([load.dropped for load in loads]).mean() / recipe.accumulate
+            metrics["dropped"] = dropped
+            metrics["busiest"] = jnp.stack([_busiest(load) for load in loads]).max()
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, **jit)
+
+
+def accumulate(function: Callable, parts: int, params, batch: tuple, *rest):
+    """`function(params, *batch, *rest)` over parts of a batch one after another, results added.
+
+    A part takes every parts-th row, so that rows stay on the devices that they are on.
+    """
+    if parts == 1:
+        return function(params, *batch, *rest)
+
+    def split(x):
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    pieces = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], pieces), *rest)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, function(params, *piece, *rest)), None
+
+    total, _ = lax.scan(add, zeros, pieces)
+    return total
 
 
 def _busiest(load: Load) -> Float[Array, ""]:
@@ -120,7 +220,7 @@ def _balance(params: nnx.State, loads: list[Load], rate: float) -> nnx.State:
     remaining = iter(loads)
 
     def move(path, value):
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        names = path_name(path).split(".")
         if "router" not in names or "bias" not in names:
             return value
         chosen = next(remaining).chosen.astype(jnp.float32)
@@ -129,58 +229,55 @@ def _balance(params: nnx.State, loads: list[Load], rate: float) -> nnx.State:
     return jax.tree_util.tree_map_with_path(move, params)
 
 
-def init_train_state(config, seed: int, optimizer) -> tuple[nnx.GraphDef, TrainState]:
-    """Random float32 masters with dense experts, on the default device."""
+def abstract_target(config) -> tuple[nnx.GraphDef, nnx.State]:
+    """The target's graph and abstract float32 parameters, experts dense."""
+    return nnx.split(
+        nnx.eval_shape(lambda: MiMo(config, nnx.Rngs(0), packed=False, dtype=jnp.float32))
+    )
 
-    def build():
-        return MiMo(config, nnx.Rngs(seed), packed=False, dtype=jnp.float32)
 
-    graph, _ = nnx.split(nnx.eval_shape(build))
+def init_params(config, seed: int) -> nnx.State:
+    """Random float32 masters; to be called inside jit, which places them."""
+    return nnx.state(MiMo(config, nnx.Rngs(seed), packed=False, dtype=jnp.float32))
+
+
+def start_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; to be called inside jit."""
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def make_evaluate(graph, recipe: Recipe) -> Callable:
+    """The jitted `evaluate(params, batch) -> {"nats", "right", "tokens"}`, sums over a batch.
+
+    No choice of an expert is dropped: what is measured must not depend on a batch's other rows.
+    """
 
     @jax.jit
-    def init():
-        params = nnx.state(build())
-        return TrainState(params, optimizer.init(params), jnp.int32(0))
-
-    return graph, init()
-
-
-def make_evaluate(graph, rule: str | None) -> Callable:
-    """`evaluate(params, tokens) -> bits per token` over rows [n, t] of held-out tokens."""
-
-    @jax.jit
-    def total(params, tokens):
-        model = nnx.merge(graph, compute_params(params, rule))
-        # No choice is dropped: what is measured must not depend on the other rows of a batch.
-        h, _, _ = run_sequences(model, tokens, factor=math.inf)
-        return token_losses(model, h, tokens).sum()
-
-    def evaluate(params, tokens: np.ndarray, rows: int = 16) -> float:
-        rows = min(rows, len(tokens))
-        used = len(tokens) // rows * rows
-        nats = sum(float(total(params, tokens[i : i + rows])) for i in range(0, used, rows))
-        return nats / (used * (tokens.shape[1] - 1)) / math.log(2)
+    def evaluate(params, batch):
+        model = nnx.merge(graph, compute_params(params, recipe.rule, recipe.dtype))
+        h, _, _ = run_sequences(model, batch["tokens"], factor=math.inf)
+        nats, right = token_losses(model, h, batch["tokens"], recipe.chunk)
+        trained = batch["trained"][:, 1:].astype(jnp.float32)
+        return {
+            "nats": (nats * trained).sum(),
+            "right": (right.astype(jnp.float32) * trained).sum(),
+            "tokens": trained.sum(),
+        }
 
     return evaluate
 
 
-def train(
-    step: Callable, state: TrainState, batches: Iterator[np.ndarray], steps: int, log: Callable
-) -> TrainState:
-    """Runs `steps` steps, prefetching one batch; `log(step, metrics)` gets every 50th.
+def make_quantization_error(rule: str) -> Callable:
+    """The jitted `error(params)`: by expert matrix, ||MXFP4(w) - w|| / ||w||."""
 
-    Raises:
-      RuntimeError: when the loss is not finite, with the step.
-    """
-    start, seen = time.perf_counter(), 0
-    for index in range(steps):
-        tokens = next(batches)
-        seen += tokens.size
-        state, metrics = step(state, tokens)
-        if index % 50 == 49 or index == steps - 1:
-            metrics = {name: float(value) for name, value in metrics.items()}
-            if not np.isfinite(metrics["loss"]):
-                raise RuntimeError(f"the loss is {metrics['loss']} at step {int(state.step)}")
-            metrics["tokens_per_second"] = seen / (time.perf_counter() - start)
-            log(int(state.step), metrics)
-    return state
+    @jax.jit
+    def error(params: nnx.State) -> dict[str, Array]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(params)
+        return {
+            path_name(path): jnp.linalg.norm((fake_quantize(w, rule) - w).ravel())
+            / jnp.linalg.norm(w.ravel())
+            for path, w in flat
+            if is_expert(path)
+        }
+
+    return error

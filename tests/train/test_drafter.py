@@ -1,22 +1,34 @@
 """The drafter in training against the drafter in decoding, and the loss against plain loops."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from mimo_jax.cache import init_cache
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import Parallel
-from mimo_jax.train.drafter import draft_hidden, draft_loss, draw_anchors, slot_weights
+from mimo_jax.train.drafter import (
+    DraftRecipe,
+    compare,
+    draft_hidden,
+    draft_loss,
+    draw_anchors,
+    place_anchors,
+    slot_weights,
+    summarise,
+)
 from mimo_jax.train.pretrain import run_sequences
 from tests.helpers import randomise, tiny_drafter, tiny_model
 from tests.tolerances import relative_norm
 
 BLOCK, LENGTH, BATCH = 4, 29, 3
+PLAIN = DraftRecipe(dtype=jnp.dtype(jnp.float32), gamma=2.0)
 
 
 def random_module(build, rng, common):
@@ -37,6 +49,10 @@ def build(rng):
     )
     tokens = rng.integers(0, target_config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
     return target, drafter, config, jnp.asarray(tokens)
+
+
+def key_of(rng):
+    return jax.random.key(int(rng.integers(1 << 30)))
 
 
 def test_blocks_are_those_of_decoding(rng):
@@ -62,46 +78,158 @@ def test_blocks_are_those_of_decoding(rng):
         assert relative_norm(trained[:, column], decoded) < 1e-5
 
 
-def logits_of(target, drafter, config, tokens, anchors):
-    """Logits in float64 of the target [b, t, w] and of the drafts [b, a, slots, w]."""
-    # The loss's own capacity: few enough tokens may find an expert full (test_experts.py has that).
-    h, outputs, _ = run_sequences(target, tokens, factor=3.0)
-    features = jnp.concatenate([outputs[layer] for layer in config.target_layer_ids], axis=-1)
-    hidden = draft_hidden(drafter, target.embedding[...], features, tokens, anchors, BLOCK)
-    head = np.asarray(target.head[...], np.float64)
-    return np.asarray(target.norm(h), np.float64) @ head.T, np.asarray(hidden, np.float64) @ head.T
+def test_an_anchor_sees_nothing_from_itself_on_but_its_token_and_masks(rng):
+    """Features and tokens that it may not see are changed: not a bit of its block moves."""
+    target, drafter, config, tokens = build(rng)
+    size = len(config.target_layer_ids) * config.hidden_size
+    features = rng.standard_normal((BATCH, LENGTH, size)).astype(np.float32)
+    anchors = jnp.asarray(rng.integers(2, LENGTH - BLOCK, (BATCH, 1)), jnp.int32)
+    run = jax.jit(lambda f, t: draft_hidden(drafter, target.embedding[...], f, t, anchors, BLOCK))
+    before = np.asarray(run(jnp.asarray(features), tokens))
+    place, column = np.arange(LENGTH), np.asarray(anchors)
+    hidden = place >= column
+    far = place <= column - config.sliding_window
+    changed = np.where((hidden | far)[..., None], 7 * features + 1, features)
+    others = np.where(place == column, tokens, (np.asarray(tokens) + 1) % config.vocab_size)
+    after = run(jnp.asarray(changed), jnp.asarray(others.astype(np.int32)))
+    assert np.array_equal(before, after)
+    for seen in (column - 1, np.maximum(column - config.sliding_window + 1, 0)):
+        touched = np.where((place == seen)[..., None], features + 1, features)
+        assert not np.array_equal(before, run(jnp.asarray(touched), tokens))
+    nexts = np.where(place == column, (np.asarray(tokens) + 1) % config.vocab_size, tokens)
+    assert not np.array_equal(before, run(jnp.asarray(features), jnp.asarray(nexts)))
 
 
-def closest_call(*logits) -> float:
-    """The smallest lead of a largest logit; within rounding, float32 may choose another one."""
-    ranked = (np.sort(each, axis=-1) for each in logits)
-    return min((each[..., -1] - each[..., -2]).min() for each in ranked)
+def test_anchors_are_drawn_evenly_from_the_places_allowed(rng):
+    """Every place allowed is drawn, and no other; a row without one says so."""
+    trained = np.zeros((3, 31), bool)
+    trained[0], trained[1, [0, 4, 9, 10, 30]] = True, True
+    places, any_ = draw_anchors(key_of(rng), jnp.asarray(trained), 4000, BLOCK)
+    assert any_[:, 0].tolist() == [True, True, False]
+    places = np.asarray(places)
+    # A place's count is binomial: 4000 draws of 27 places leave none out but by odds of e^-148.
+    assert sorted(set(places[0].tolist())) == list(range(1, 31 - BLOCK + 1))
+    assert np.bincount(places[0])[1:].max() < 3 * 4000 / 27
+    assert sorted(set(places[1].tolist())) == [3, 8, 9]
+    late, _ = draw_anchors(key_of(rng), jnp.asarray(trained), 50, BLOCK, start=20)
+    assert late[0].min() >= 20 and late[0].max() <= 31 - BLOCK
 
 
-def test_loss_and_run_against_loops(rng):
-    lead = 0.0
-    while lead < 1e-4:
-        target, drafter, config, tokens = build(rng)
-        anchors = draw_anchors(jax.random.key(int(rng.integers(1 << 30))), BATCH, LENGTH, 6, BLOCK)
-        targets, logits = logits_of(target, drafter, config, tokens, anchors)
-        lead = closest_call(targets, logits)
+def test_far_anchors_lie_beyond_four_windows(rng):
+    recipe = dataclasses.replace(PLAIN, anchors=256, far=0.25)
+    trained = jnp.ones((2, 64), bool)
+    places, counted = place_anchors(key_of(rng), trained, recipe, BLOCK, window=9)
+    assert places.shape == counted.shape == (2, 16) and counted.all()
+    assert (places[:, 12:] >= 36).all() and places[:, :12].min() < 36
+    near, _ = place_anchors(key_of(rng), trained, recipe, BLOCK, window=16)
+    assert near.shape == (2, 16)  # Rows end before four windows: all are drawn from everywhere.
+
+
+def plain_weights(recipe, losses):
+    """The weights of one block by loops."""
+    if recipe.weighting == "flat":
+        return np.ones(len(losses))
+    if recipe.weighting == "decay":
+        return np.exp(-np.arange(len(losses)) / recipe.gamma)
+    sure = (1 - recipe.alpha) * np.exp(-losses) + recipe.alpha
+    return np.array(
+        [sum(np.prod(sure[: m + 1]) for m in range(j, len(sure))) for j in range(len(sure))]
+    )
+
+
+@pytest.mark.parametrize("weighting", ["decay", "flat", "dpace"])
+def test_weights_of_slots(weighting, rng):
+    recipe = dataclasses.replace(PLAIN, weighting=weighting, alpha=0.3, gamma=1.7)
+    losses = rng.gamma(1.0, 2.0, (5, 7))
+    expected = [plain_weights(recipe, row) for row in losses]
+    assert relative_norm(slot_weights(recipe, jnp.asarray(losses, jnp.float32)), expected) < 1e-5
+    flow = jax.grad(lambda x: slot_weights(recipe, x).sum())(jnp.ones((2, 3)))
+    assert not np.any(flow)
+
+
+def plain_losses(recipe, row, other):
+    """Cross-entropy against the target's top, and the loss, of one draft in float64."""
+    p, q = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (other, row))
+    ce = -np.log(q[other.argmax()])
+    mixed = {
+        "ce": ce,
+        "tv": recipe.ce_share * ce + (1 - recipe.ce_share) * 0.5 * np.abs(p - q).sum(),
+        "kl": recipe.ce_share * ce + (1 - recipe.ce_share) * (p * np.log(p / q)).sum(),
+    }
+    return ce, mixed[recipe.loss]
+
+
+@pytest.mark.parametrize("loss", ["ce", "tv", "kl"])
+def test_losses_against_numpy_and_finite_differences(loss, rng):
+    recipe = dataclasses.replace(PLAIN, loss=loss, ce_share=0.3, chunk=3)
+    hidden, before = (jnp.asarray(rng.standard_normal((2, 7, 5)), jnp.float32) for _ in range(2))
+    head = jnp.asarray(rng.standard_normal((11, 5)), jnp.float32)
+    found = compare(hidden, before, head, recipe)
+    rows, others = (
+        np.asarray(x, np.float64) @ np.asarray(head, np.float64).T for x in (hidden, before)
+    )
+    for place in np.ndindex(2, 7):
+        ce, value = plain_losses(recipe, rows[place], others[place])
+        assert abs(float(found["ce"][place]) - ce) < 1e-4
+        assert abs(float(found["loss"][place]) - value) < 1e-4
+        assert int(found["chosen"][place]) == others[place].argmax()
+        assert bool(found["right"][place]) == (rows[place].argmax() == others[place].argmax())
+    gradient = jax.grad(lambda x: compare(x, before, head, recipe)["loss"].sum())(hidden)
+    way = rng.standard_normal(hidden.shape)
+    slope = [
+        sum(
+            plain_losses(recipe, row, other)[1]
+            for row, other in zip(
+                (
+                    (np.asarray(hidden, np.float64) + e * way) @ np.asarray(head, np.float64).T
+                ).reshape(-1, 11),
+                others.reshape(-1, 11),
+                strict=True,
+            )
+        )
+        for e in (1e-6, -1e-6)
+    ]
+    difference = (slope[0] - slope[1]) / 2e-6
+    assert abs((np.asarray(gradient) * way).sum() - difference) < 1e-3 * (1 + abs(difference))
+
+
+@pytest.mark.parametrize("weighting", ["decay", "dpace"])
+def test_loss_and_run_against_loops(weighting, rng):
+    target, drafter, config, tokens = build(rng)
+    recipe = dataclasses.replace(PLAIN, weighting=weighting)
+    trained = rng.random((BATCH, LENGTH)) < 0.8
+    anchors, _ = draw_anchors(key_of(rng), jnp.asarray(trained), 6, BLOCK)
     assert int(anchors.min()) >= 1 and int(anchors.max()) + BLOCK <= LENGTH
-    loss, metrics = draft_loss(drafter, target, tokens, anchors, config, decay=2.0)
+    counted = rng.random(anchors.shape) < 0.9
+    batch = {"tokens": tokens, "trained": jnp.asarray(trained)}
+    places = anchors, jnp.asarray(counted)
+    sums, measured = draft_loss(drafter, target, batch, places, config, recipe)
 
-    choices = np.argmax(targets, axis=-1)
-    weights = np.asarray(slot_weights(BLOCK, 2.0), np.float64)
+    # The loss's own capacity: few enough tokens may find an expert full (test_experts.py has that).
+    h, outputs, _ = run_sequences(target, tokens, factor=recipe.capacity)
+    features = jnp.concatenate([outputs[layer] for layer in config.target_layer_ids], axis=-1)
+    head = np.asarray(target.head[...], np.float64)
+    choices = np.argmax(np.asarray(target.norm(h), np.float64) @ head.T, axis=-1)
+    hidden = draft_hidden(drafter, target.embedding[...], features, tokens, anchors, BLOCK)
+    logits = np.asarray(hidden, np.float64) @ head.T
     total = norm = runs = 0.0
-    for b in range(BATCH):
-        for a, anchor in enumerate(np.asarray(anchors)[b]):
-            unbroken = True
-            for slot in range(1, BLOCK):
-                row, label = logits[b, a, slot], choices[b, anchor + slot - 1]
-                top = row.max()
-                total += weights[slot - 1] * (top + np.log(np.exp(row - top).sum()) - row[label])
-                norm += weights[slot - 1]
-                unbroken = unbroken and row.argmax() == label
-                runs += unbroken
-                if tokens[b, anchor + slot] != label:
-                    break
-    assert abs(float(loss) - total / norm) < 1e-4 * abs(total / norm)
-    assert abs(float(metrics["run"]) - runs / anchors.size) < 1e-6
+    for b, a in zip(*np.nonzero(counted), strict=True):
+        anchor, unbroken = int(anchors[b, a]), True
+        labels = choices[b, anchor : anchor + BLOCK - 1]
+        rows = logits[b, a, 1:]
+        top = rows.max(-1)
+        losses = (
+            top + np.log(np.exp(rows - top[:, None]).sum(-1)) - rows[np.arange(BLOCK - 1), labels]
+        )
+        weights = plain_weights(recipe, losses) * trained[b, anchor + 1 : anchor + BLOCK]
+        for slot in range(BLOCK - 1):
+            total, norm = total + weights[slot] * losses[slot], norm + weights[slot]
+            unbroken = unbroken and rows[slot].argmax() == labels[slot]
+            runs += unbroken
+            if tokens[b, anchor + slot + 1] != labels[slot]:
+                break
+    assert abs(float(sums["weight"]) - norm) < 1e-4 * (1 + norm)
+    assert abs(float(sums["loss"]) - total) < 1e-4 * (1 + abs(total))
+    assert float(measured["anchors"]) == counted.sum()
+    acceptance = summarise(measured)["acceptance"]
+    assert abs(float(acceptance) - 1 - runs / max(counted.sum(), 1)) < 1e-5
