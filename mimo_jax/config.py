@@ -308,11 +308,6 @@ class DrafterConfig:
             if name in fields:
                 value = fields.pop(name)
                 _require(allowed is None or value in allowed, name, value, f"one of {allowed}")
-        layer_types = set(fields.pop("layer_types", None) or ["sliding_attention"])
-        only = {"sliding_attention"}
-        _require(
-            layer_types == only, "layer_types", layer_types, "sliding_attention in every layer"
-        )
         v_head = fields.pop("v_head_dim", fields.get("head_dim"))
         _require(v_head == fields.get("head_dim"), "v_head_dim", v_head, "equal to head_dim")
         for name in sorted(fields.keys() - names - _NOT_ARCHITECTURE):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mimo_jax.checkpoint import released, store
+from mimo_jax.checkpoint import released, store, zlab
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS, Decoding
 from mimo_jax.decode.chat import check_every
@@ -327,7 +327,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     devices: int | Sequence[Any] | None = None,
-    drafter: bool | str = True,
+    drafter: bool | str | Path = True,
     max_len: int | None = None,
     experts: str = "auto",
     linear: str = "decoded",
@@ -343,7 +343,7 @@ def load(
       devices: instead of a mesh: how many devices, or which; all of them by default.
       drafter: "dflash", or "mtp", the target's own multi-token-prediction layers; True is the
         first that the checkpoint has; False leaves both out: decoding is plain, at its fastest,
-        with a block of 1.
+        with a block of 1. Or the directory of another DFlash drafter, such as z-lab's.
       max_len: tokens that a sequence may have, prompt included; by default the model's context, and
         at most 4096.
       experts: "packed" keeps MXFP4 in memory; "dequantized" decodes it once, here: the same
@@ -380,7 +380,11 @@ def load(
         if progress:
             print(message, file=sys.stderr, flush=True)
 
-    drafted = _drafter(drafter, checkpoint)
+    other = None
+    named = isinstance(drafter, str) and drafter not in DRAFTERS and Path(drafter).is_dir()
+    if named or isinstance(drafter, Path):
+        other = zlab.open_drafter(drafter, checkpoint.config)
+    drafted = _drafter(drafter, checkpoint) if other is None else other.config
     if drafter and drafted is None:
         say(f"{path} has no drafter: decoding is plain.")
 
@@ -398,14 +402,7 @@ def load(
     block = 1 if drafted is None else drafted.block_size
     plan = check_memory(declared, mesh, Settings(1, max_len, block, CHUNKS[-1], dtype))
     start = time.perf_counter()
-    if isinstance(checkpoint, released.Released):
-        for note in checkpoint.notes:
-            say(note)
-        params = released.load(
-            checkpoint, plan.params, plan.param_shardings, _reporter(say), plan.parts
-        )
-    else:
-        params = store.load(checkpoint, plan.params, plan.param_shardings, parts=plan.parts)
+    params = _load_params(checkpoint, other, plan, say)
     jax.block_until_ready(params)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     how = (
@@ -428,6 +425,32 @@ def load(
     )
 
 
+def _load_params(
+    checkpoint: store.Checkpoint | released.Released,
+    other: zlab.StoredDrafter | None,
+    plan: Plan,
+    say: Callable[[str], None],
+) -> Any:
+    """Parameters of target and drafter on the mesh; the drafter's may come from elsewhere."""
+    (target, drafter), (where, draft_where) = plan.params, plan.param_shardings
+    own = (target, None if other else drafter), (where, None if other else draft_where)
+    if isinstance(checkpoint, released.Released):
+        for note in checkpoint.notes:
+            say(note)
+        params = released.load(checkpoint, *own, _reporter(say), plan.parts)
+    else:
+        params = store.load(checkpoint, *own, parts=plan.parts)
+    if other is None:
+        return params
+    if other.mask is None:
+        say(
+            f"{other.directory} has no embedding of the mask: it is the target's row "
+            f"{other.config.mask_token_id}."
+        )
+    embedding = params[0]["embedding"].get_value()
+    return params[0], zlab.load(other, drafter, draft_where, embedding)
+
+
 def _drafter(
     wanted: bool | str, checkpoint: store.Checkpoint | released.Released
 ) -> AnyDrafterConfig | None:
@@ -442,12 +465,12 @@ def _drafter(
         raise MimoError(
             f"drafter={wanted!r} is not allowed: {checkpoint.directory} has "
             f"{' and '.join(map(repr, present)) or 'no drafter'}; True takes what there is, False "
-            "leaves it out."
+            "leaves it out, and a directory brings another."
         )
     return found[wanted]
 
 
-def _open(path: str | Path, drafter: bool | str) -> store.Checkpoint | released.Released:
+def _open(path: str | Path, drafter: bool | str | Path) -> store.Checkpoint | released.Released:
     """Our checkpoints have a manifest; whatever else holds safetensors is taken as released."""
     if not (Path(path) / store.NAME).exists() and released.is_released(path):
         return released.open_released(path, drafter=drafter in (True, "dflash"))

@@ -221,6 +221,16 @@ def recipes(
     return _walk(config, drafter, layout, shards).parameters
 
 
+def declare_drafter(drafter: DrafterConfig, dtype: str) -> dict[str, Declared]:
+    """`declare` for a DFlash drafter by itself, stored in one plain dtype."""
+    return _drafter_table(drafter, dtype, 1).tensors
+
+
+def drafter_recipes(drafter: DrafterConfig, dtype: str, shards: int = 1) -> dict[str, Recipe]:
+    """`recipes` for a DFlash drafter by itself, stored in one plain dtype."""
+    return _drafter_table(drafter, dtype, shards).parameters
+
+
 class Piece(NamedTuple):
     """Where rows [start, stop) of a stored tensor lie among our parameters.
 
@@ -375,6 +385,12 @@ def _walk(config, drafter, layout, shards) -> "_Table":
     table.mtp(config)
     if drafter is not None:
         table.drafter(drafter)
+    return table
+
+
+def _drafter_table(drafter: DrafterConfig, dtype: str, shards: int) -> "_Table":
+    table = _Table(dataclasses.replace(LAYOUTS["fused-bf16"], drafter=dtype), shards)
+    table.drafter(drafter)
     return table
 
 

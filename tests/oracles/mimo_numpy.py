@@ -15,6 +15,7 @@ MISTAKES = (
     "window one too wide",
     "biased routing weights",
 )
+DRAFTER_MISTAKES = (*MISTAKES, "block seen the other way")
 SLIDING = 1
 
 
@@ -199,10 +200,22 @@ def features(residuals, drafter_config, mistake=None):
     return np.concatenate([residuals[i] for i in ids], axis=-1)
 
 
-def drafter_attention(w, config, x, context, start, mistake):
+def drafter_layer(config, layer):
+    """A drafter layer's window, None for full attention, and whether its block is causal."""
+    kinds = config.get("layer_types")
+    window = config.get("sliding_window")
+    if kinds and kinds[layer] == "full_attention":
+        window = None
+    causal = config.get("is_causal")
+    if causal is None:
+        causal = bool(kinds) and window is not None
+    return window, causal
+
+
+def drafter_attention(w, config, layer, x, context, start, mistake):
     """Attention of the block x [B, d], normed, over context features [s, d] and itself."""
     heads, kv, dim = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    rotary, theta = int(dim * config["partial_rotary_factor"]), config["rope_theta"]
+    rotary, theta = int(dim * config.get("partial_rotary_factor", 1.0)), config["rope_theta"]
     block, length = len(x), len(context)
     q_at = start + np.arange(block)
     k_at = np.concatenate([np.arange(length), q_at])
@@ -217,11 +230,16 @@ def drafter_attention(w, config, x, context, start, mistake):
         v = v * scale
     q = rope(q, q_at, rotary, theta, mistake)
     k = rope(k, k_at, rotary, theta, mistake)
-    window = config["sliding_window"] + (mistake == "window one too wide")
+    window, causal = drafter_layer(config, layer)
     in_block = np.arange(length + block) >= length
-    visible = (k_at < start) | in_block
-    visible = visible[None, :] & (np.abs(q_at[:, None] - k_at[None, :]) < window)
-    sink = w["attention_sink_bias"] if config["add_swa_attention_sink_bias"] else None
+    visible = np.broadcast_to((k_at < start) | in_block, (block, length + block))
+    if window is not None:
+        window += mistake == "window one too wide"
+        visible = visible & (np.abs(q_at[:, None] - k_at[None, :]) < window)
+    if causal != (mistake == "block seen the other way"):
+        visible = visible & (~in_block | (k_at[None, :] <= q_at[:, None]))
+    sinks = config.get("add_swa_attention_sink_bias") and window is not None
+    sink = w["attention_sink_bias"] if sinks else None
     return attend(q, k, v, visible, sink, mistake) @ w["o_proj.weight"].T
 
 
@@ -251,7 +269,8 @@ def drafter_forward(weights, config, target_weights, tapped, anchor, start, mist
     for layer in range(config["num_hidden_layers"]):
         lw = under(w, f"layers.{layer}.")
         x = rms_norm(h, lw["input_layernorm.weight"], eps)
-        h = h + drafter_attention(under(lw, "self_attn."), config, x, context, start, mistake)
+        own = under(lw, "self_attn.")
+        h = h + drafter_attention(own, config, layer, x, context, start, mistake)
         x = rms_norm(h, lw["post_attention_layernorm.weight"], eps)
         h = h + swiglu(under(lw, "mlp."), x)
     h = rms_norm(h, w["norm.weight"], eps)
