@@ -1,5 +1,6 @@
 """Checkpoints with MTP layers: stored exactly, chosen by name, and answers as without drafts."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -13,8 +14,10 @@ from flax import nnx
 from tiny_checkpoint import CONFIG, DRAFTER, random_params, write_tokenizer
 
 import mimo_jax
+from mimo_jax import engine as engine_module
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.flat import flatten
+from mimo_jax.commands.model import add_model_arguments, load_model
 from mimo_jax.config import MTPConfig
 from mimo_jax.decode.program import make_plan
 from mimo_jax.errors import MimoError
@@ -84,7 +87,7 @@ def test_mtp_changes_no_token(saved, rng):
         assert (engine.block, engine.drafter) == (BLOCK, MTP_CONFIG)
         assert "mtp, 3 layers, block 4" in engine.summary()
         for number in range(200):
-            if kept >= 3 and number >= 4:
+            if kept >= 3 and number >= 2:
                 break
             prompt = [int(t) for t in rng.integers(1, CONFIG.vocab_size, rng.integers(1, 40))]
             options = {"max_tokens": int(rng.integers(1, 60)), "seed": int(rng.integers(2**32))}
@@ -113,22 +116,33 @@ def test_mtp_changes_no_token(saved, rng):
     assert kept >= 3
 
 
-def test_true_takes_dflash_first_and_names_take_what_they_say(saved, tmp_path):
-    both, alone, _ = saved
-    for path, drafter, expected in (
+def test_true_takes_dflash_first_and_names_take_what_they_say(saved):
+    both, alone = (store.open_checkpoint(path) for path in saved[:2])
+    for opened, wanted, expected in (
         (both, True, DRAFTER),
         (both, "dflash", DRAFTER),
-        (alone, True, MTP_CONFIG),
+        (both, "mtp", MTP_CONFIG),
         (both, False, None),
+        (alone, True, MTP_CONFIG),
     ):
-        with mimo_jax.load(path, devices=1, drafter=drafter, progress=False) as engine:
-            assert engine.drafter == expected
-    for path, drafter, words in (
-        (alone, "dflash", "'dflash' is not allowed: .* has 'mtp'"),
-        (both, "eagle", "'eagle' is not allowed: .* has 'dflash' and 'mtp'"),
+        assert engine_module._drafter(wanted, opened) == expected
+    for path, wanted, words in (
+        (saved[1], "dflash", "'dflash' is not allowed: .* has 'mtp'"),
+        (saved[0], "eagle", "'eagle' is not allowed: .* has 'dflash' and 'mtp'"),
     ):
         with pytest.raises(MimoError, match=words):
-            mimo_jax.load(path, devices=1, drafter=drafter, progress=False)
+            mimo_jax.load(path, devices=1, drafter=wanted, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], True), (["--drafter", "mtp"], "mtp"), (["--drafter", "none"], False)],
+)
+def test_the_command_names_a_drafter(saved, arguments, expected, monkeypatch):
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    monkeypatch.setattr(mimo_jax, "load", lambda path, drafter, **_: drafter)
+    assert load_model(parser.parse_args(["--model", str(saved[0]), *arguments])) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mimo_jax.engine import Engine
 
 DEFAULT_MODEL = Path("checkpoints/mimo-nano")
+DRAFTERS: dict[str, bool | str] = {"auto": True, "dflash": "dflash", "mtp": "mtp", "none": False}
+"""Values of --drafter, and what they mean to `mimo_jax.load`."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="decoded",
         help="FP8 weights decoded once (default), or at each use: less memory",
     )
+    group.add_argument(
+        "--drafter",
+        choices=tuple(DRAFTERS),
+        default="auto",
+        help="the DFlash drafter, or the MTP layers; auto (default) takes the first that there is",
+    )
     group.add_argument("--max-len", type=int, metavar="N", help="tokens that the cache holds")
 
 
@@ -56,6 +64,7 @@ def load_model(options: argparse.Namespace) -> "Engine":
     return mimo_jax.load(
         path,
         devices=options.devices,
+        drafter=DRAFTERS[options.drafter],
         max_len=options.max_len,
         experts=options.experts,
         linear=options.linear,
