@@ -18,13 +18,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("mimo_jax.commands.export", "write Hugging Face safetensors"),
     "inspect": ("mimo_jax.commands.inspect", "say what a checkpoint holds"),
     "plan": ("mimo_jax.commands.plan", "say what a model needs on some devices"),
+    "eval": ("mimo_jax.commands.eval", "measure a model and its drafter"),
     "train": ("mimo_jax.commands.train", "train a target or a drafter"),
 }
 """Commands by name: a module with `add_arguments(parser)` and `main(options) -> exit code`, and a
 line of help. A module is imported when its command is asked for, and brings in no JAX before main.
 """
 
-BENCHES = {"generate": "mimo_jax.bench.generate", "kernels": "mimo_jax.bench.kernels"}
+BENCHES = {
+    "convert": "mimo_jax.bench.convert",
+    "generate": "mimo_jax.bench.generate",
+    "kernels": "mimo_jax.bench.kernels",
+}
 """Benchmarks by name: modules with `add_arguments(parser)` and `main(arguments) -> exit code`."""
 
 Command = Callable[[argparse.Namespace], int]

@@ -37,7 +37,7 @@ from mimo_jax.checkpoint.manifest import (
 )
 from mimo_jax.checkpoint.released import Released, open_released
 from mimo_jax.checkpoint.store import CONFIG, DRAFTER, MTP, TOKENIZER, check_entries
-from mimo_jax.checkpoint.tree import TEMPORARY, differing, settle, write_tree
+from mimo_jax.checkpoint.tree import TEMPORARY, differing, settle, trim, write_tree
 from mimo_jax.checkpoint.xiaomi import FP8, MXFP4
 from mimo_jax.config import AnyDrafterConfig, MTPConfig, read_json
 from mimo_jax.errors import MimoError
@@ -278,15 +278,21 @@ class _Job:
         for remains in (folder, *folder.parent.glob(group + TEMPORARY)):
             shutil.rmtree(remains, ignore_errors=True)
         work = _Work(progress, stages=2 if verify else 1)
-        arrays, entries = {}, {}
-        for unit in self._units(self.groups[group]):
-            self.released.check_rows(unit[0])
-            for name, value in self._make(unit, work).items():
-                entries[name] = dataclasses.asdict(ArrayEntry.of(value))
-                arrays[name] = jax.device_put(value, self._sharding(name))
-                del value
-        apart = frozenset(name for name in arrays if ".experts." in name)
-        self._write(folder, jax.block_until_ready(arrays), apart)
+        arrays, hashes = {}, {}
+        with ThreadPoolExecutor(1) as hasher:
+            for unit in self._units(self.groups[group]):
+                self.released.check_rows(unit[0])
+                made = self._make(unit, work)
+                while made:
+                    name, value = made.popitem()
+                    hashes[name] = hasher.submit(ArrayEntry.of, value)
+                    arrays[name] = jax.device_put(value, self._sharding(name))
+                    if len(self._devices) > 1:
+                        # Each device has a copy of its part: the whole must go before the next.
+                        hashes[name].result()
+                    del value
+            self._write(folder, jax.block_until_ready(arrays))
+        entries = {name: dataclasses.asdict(entry.result()) for name, entry in hashes.items()}
         if verify:
             for name, nbytes, differs in differing(folder, arrays):
                 if differs:
@@ -295,6 +301,7 @@ class _Job:
                         "the memory is at fault. Convert again, to another disk."
                     )
                 work.add(nbytes)
+        trim()
         record = {"arrays": entries, "blobs": describe_blobs(folder)}
         write_atomically(self._state / f"{group}.json", json.dumps(record).encode())
 
@@ -389,9 +396,11 @@ class _Job:
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "parts")
         return NamedSharding(mesh, spec)
 
-    def _write(self, folder: Path, arrays: dict[str, jax.Array], apart: frozenset[str]) -> None:
+    def _write(self, folder: Path, arrays: dict[str, jax.Array]) -> None:
+        apart = frozenset(name for name in arrays if ".experts." in name)
         try:
             write_tree(folder, arrays, apart, compress=False)
+            trim()
             settle(folder)
         except Exception as error:  # Whatever Orbax and TensorStore raise when a disk fails.
             raise MimoError(

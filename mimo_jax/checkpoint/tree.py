@@ -1,5 +1,6 @@
 """One Orbax tree of arrays: chunks are parts of devices' slices; read array by array."""
 
+import ctypes
 import logging
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import tensorstore
 
 from mimo_jax.checkpoint.flat import nest
 
-CHUNK_BYTES = 1 << 28
+CHUNK_BYTES = 1 << 27
 """The most that a chunk holds: what writing or reading it needs of memory besides the array."""
 
 TEMPORARY = "*.orbax-checkpoint-tmp*"
@@ -61,25 +62,37 @@ def open_array(folder: Path, name: str) -> Any:
 
 
 def differing(folder: Path, arrays: dict[str, jax.Array]) -> Iterator[tuple[str, int, bool]]:
-    """Reads a tree back and compares it with the arrays in memory, slice by slice.
+    """Reads a tree back and compares it with the arrays in memory, some chunks at a time.
 
     Yields:
       the name, the number of bytes compared, and whether they differ.
     """
     for name, array in arrays.items():
         stored = open_array(folder, name).result()
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                wanted = np.asarray(shard.data)
-                found = (
-                    stored[shard.index].read().result() if shard.index else stored.read().result()
-                )
-                same = (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-                yield (
-                    name,
-                    wanted.nbytes,
-                    not same or not np.array_equal(_bytes(found), _bytes(wanted)),
-                )
+        same = (stored.dtype.numpy_dtype, stored.shape) == (array.dtype, array.shape)
+        shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        for shard in shards if same else ():
+            wanted = np.asarray(shard.data)
+            for at in _pieces(wanted, stored.chunk_layout.read_chunk.shape):
+                first = shard.index[0].start or 0
+                rows = slice(first + at.start, first + at.stop)
+                found = stored[(rows, *shard.index[1:])].read().result()
+                yield name, found.nbytes, not np.array_equal(_bytes(found), _bytes(wanted[at]))
+        if not same:
+            yield name, array.nbytes, True
+
+
+def _pieces(array: np.ndarray, chunk: tuple[int, ...]) -> list[slice]:
+    """Slices of the first dimension, of whole chunks and about CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // max(array[:1].nbytes * chunk[0], 1)) * chunk[0]
+    return [slice(at, min(at + step, len(array))) for at in range(0, len(array), step)]
+
+
+def trim() -> None:
+    """Gives freed memory back to the system, which glibc keeps for the threads that used it."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def settle(folder: Path) -> None:
