@@ -10,7 +10,7 @@ Non-finite weights are never coded silently. Called with arrays, the functions r
 NaN), which `validate` refuses and which `dequantize` and `fake_quantize` make non-finite values of.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,6 @@ MIN_SCALE, MAX_SCALE = 2, 252
 
 NAN_SCALE = 255
 """The e8m0 NaN, which marks a block that had a non-finite weight."""
-
-_VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-_PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], axis=-1)
-"""The two values of each byte."""
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -124,9 +120,23 @@ def dequantize_on_host(codes: np.ndarray, scales: np.ndarray, dtype) -> np.ndarr
     Returns:
       values, [..., k].
     """
-    values = _PAIRS[codes].reshape(*scales.shape, BLOCK)
-    values *= np.ldexp(np.float32(1), scales.astype(np.int32) - 127)[..., None]
-    return values.reshape(*codes.shape[:-1], -1).astype(dtype, copy=False)
+    bits = np.take(_quads(), np.ascontiguousarray(codes).view(np.uint16)).view(np.uint16)
+    bits = bits.reshape(*scales.shape, BLOCK)
+    # A power of two is added to the exponents, but to those of zeros.
+    shift = (scales.astype(np.uint16) - np.uint16(127)) << np.uint16(7)
+    bits += shift[..., None] * ((bits & np.uint16(0x7FFF)) != 0)
+    bits = bits.reshape(*codes.shape[:-1], -1)
+    if dtype == ml_dtypes.bfloat16:
+        return bits.view(ml_dtypes.bfloat16)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(dtype, copy=False)
+
+
+@cache
+def _quads() -> np.ndarray:
+    """The four bfloat16 values of each two bytes, as one integer: gathered much faster than one."""
+    nibbles = np.arange(1 << 16, dtype=np.uint32)[:, None] >> np.array([0, 4, 8, 12], np.uint32)
+    values = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(ml_dtypes.bfloat16)
+    return values[nibbles & 15].view(np.uint64)[:, 0]
 
 
 def fake_quantize(w: Float[Array, "*rows k"], rule: str = "floor") -> Float[Array, "*rows k"]:

@@ -296,3 +296,15 @@ def test_unfit_arguments_are_refused():
         mxfp4.dequantize(codes, scales, jnp.float16)
     with pytest.raises(MimoError, match="uint8"):
         mxfp4.validate(np.asarray(codes).astype(np.int32), scales)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_decoding_on_the_host_is_exact(dtype, rng):
+    codes = rng.integers(0, 256, (3, 5, 48), dtype=np.uint8)
+    scales = rng.integers(mxfp4.MIN_SCALE, mxfp4.MAX_SCALE + 1, (3, 5, 3), dtype=np.uint8)
+    scales[0, 0] = (mxfp4.MIN_SCALE, mxfp4.MAX_SCALE, 127)
+    values = mxfp4.dequantize_on_host(codes[:, ::2, :], scales[:, ::2], dtype)
+    assert values.dtype == dtype
+    expected = mxfp4.dequantize_float64(codes[:, ::2], scales[:, ::2])
+    assert np.array_equal(values.astype(np.float64), expected)
+    assert np.array_equal(np.signbit(values.astype(np.float64)), np.signbit(expected))
