@@ -59,6 +59,12 @@ EVENTS = 6
 """Moments that a warpgroup can note for a time line."""
 
 
+def first_step(ctas: int) -> int:
+    """What the first block adds when blocks meet, the others adding 1: 2^31 in all, as int32."""
+    step = (1 << 31) - (ctas - 1)
+    return step if step < 1 << 31 else -step
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """The hooks of a launch: t tokens of c choices among `experts`, on `ctas` thread blocks."""
@@ -70,13 +76,13 @@ class Grid:
 
     def meet(self, barrier_ref, block):
         """Returns when every block has come here; what they wrote before can then be read."""
-        rest = (1 << 31) - (self.ctas - 1)
+        rest = first_step(self.ctas)
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
         def run(_, barrier, block):
             utils.warpgroup_barrier()
             first = arith.cmpi(_EQ, _scalar(block), _c(0))
-            step = arith.select(first, _c(rest if rest < 1 << 31 else -rest), _c(1))
+            step = arith.select(first, _c(rest), _c(1))
             with utils.when(arith.cmpi(_EQ, _thread(), _c(0))):
                 _asm(None, [_at(barrier, _c(0), 4), step], _MEET, "l,r", effects=True)
             utils.warpgroup_barrier()
