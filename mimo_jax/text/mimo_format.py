@@ -71,7 +71,7 @@ def _assistant(turn: dict[str, Any], reasons: bool, compact: bool) -> Iterator[P
 
 
 def render_call(name: str, arguments: dict[str, Any], compact: bool = False) -> list[Part]:
-    """A tool call's parts. Values that are str are written as they are, others as JSON."""
+    """A tool call's parts. Lists and objects are written as JSON, all else as it is."""
     line = "" if compact else "\n"
     inner = [f"{line}<function={name}>{line}"]
     for key, value in arguments.items():
@@ -129,4 +129,5 @@ def _element(key: str, value: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """Lists and objects as JSON, all else as Python prints it: True, not true, in this family."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)

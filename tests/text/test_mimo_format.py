@@ -131,7 +131,7 @@ def test_tools_calls_and_results(compact, call):
         "<tools>\n<function>\n<name>f</name>\n<description>does</description>\n<parameters>\n"
         "<parameter>\n<name>a</name>\n<type>string</type>\n<description>é</description>\n"
         '<enum>["x"]</enum>\n</parameter>\n<required>["a"]</required>\n</parameters>\n'
-        "<strict>true</strict>\n</function>\n</tools>"
+        "<strict>True</strict>\n</function>\n</tools>"
     )
     assert text.startswith(f"<|im_start|>system\n{SYSTEM}\n\n") and function in text
     results = "".join(f"<tool_response>\n{r}\n</tool_response>\n" for r in ("one", "two"))
