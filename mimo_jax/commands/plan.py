@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     use.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
     use.add_argument("--block", type=int, metavar="N", help="rows of a verified block")
-    use.add_argument("--no-drafter", action="store_true", help="plain decoding alone")
+    use.add_argument(
+        "--drafter", default="auto", help="dflash, mtp or none (default: what the model has)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.epilog = "example: mimo plan mimo-v2.6-pro --devices 8 --hbm-gb 141 --max-len 131072"
 
@@ -38,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
         options.model,
         options.devices,
         options.max_len,
-        drafter=not options.no_drafter,
+        drafter={"auto": True, "none": False}.get(options.drafter, options.drafter),
         batch=options.batch,
         block=options.block,
         layout=options.layout,

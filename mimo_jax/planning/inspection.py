@@ -252,13 +252,14 @@ def _likely(tensors: dict[str, StoredTensor], absent: set[str]) -> dict[str, xia
         return re.sub(r"\.\d+\.", ".N.", name)
 
     similar = {pattern(name): tensor.dtype for name, tensor in tensors.items()}
+    names = tensors.keys() | absent
 
     def dtype(name: str) -> str:
         if name.endswith((".weight_scale_inv", ".e_score_correction_bias")):
             return "F32"
-        if name.endswith(".weight_scale") or f"{name}_scale" in absent:
+        if name.endswith(".weight_scale") or f"{name}_scale" in names:
             return xiaomi.MXFP4
-        return xiaomi.FP8 if f"{name}_scale_inv" in absent else "BF16"
+        return xiaomi.FP8 if f"{name}_scale_inv" in names else "BF16"
 
     return {
         name: xiaomi.Declared(similar.get(pattern(name)) or dtype(name), (), "") for name in absent

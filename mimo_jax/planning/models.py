@@ -1,11 +1,13 @@
 """The model that a name or a directory stands for, and what its release stores."""
 
 import dataclasses
+import math
+from collections import Counter
 from pathlib import Path
 
 from mimo_jax.checkpoint import xiaomi
 from mimo_jax.checkpoint.safetensors import INDEX, TensorFiles
-from mimo_jax.config import DrafterConfig, ModelConfig, read_json
+from mimo_jax.config import AnyDrafterConfig, DrafterConfig, ModelConfig, MTPConfig, read_json
 from mimo_jax.errors import MimoError
 from mimo_jax.presets import ENCODERS, drafter_preset, preset, preset_names
 
@@ -43,20 +45,23 @@ class Stored:
         cls, declared: dict[str, xiaomi.Declared], encoders: tuple[int, int] = (0, 0)
     ) -> "Stored":
         """Counts what a layout declares, and encoders' tensors and BF16 elements beside it."""
-        drafter = [
-            tensor
-            for name, tensor in declared.items()
-            if name.startswith(xiaomi.DRAFTER_FOLDER) and name != xiaomi.MASK_EMBEDDING
-        ]
-        own = [t for name, t in declared.items() if not name.startswith(xiaomi.DRAFTER_FOLDER)]
+        kinds: dict[bool, Counter] = {True: Counter(), False: Counter()}
+        for name, tensor in declared.items():
+            if name != xiaomi.MASK_EMBEDDING:
+                kinds[name.startswith(xiaomi.DRAFTER_FOLDER)][tensor.dtype, tensor.shape] += 1
+        # Most of 160,000 tensors are experts', all alike.
         elements: dict[str, int] = {}
-        for tensor in own:
-            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.elements
+        for (dtype, shape), times in kinds[False].items():
+            elements[dtype] = elements.get(dtype, 0) + times * math.prod(shape)
         count, size = encoders
         if size:
             elements["BF16"] = elements.get("BF16", 0) + size
-        drafter_bytes = sum(tensor.nbytes for tensor in drafter)
-        return cls(len(own) + count, elements, count, size, len(drafter), drafter_bytes)
+        drafter_bytes = sum(
+            times * math.prod(shape) * xiaomi.BYTES[dtype]
+            for (dtype, shape), times in kinds[True].items()
+        )
+        own, drafter = kinds[False].total(), kinds[True].total()
+        return cls(own + count, elements, count, size, drafter, drafter_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,53 +71,74 @@ class Model:
     Attributes:
       name: for people.
       config: of the target.
-      drafter: of the drafter, or None.
+      drafter: of the drafter, DFlash or MTP, or None.
       layout: in which its weights are stored, if that is known.
       stored: all that the release holds, if that is known.
     """
 
     name: str
     config: ModelConfig
-    drafter: DrafterConfig | None
+    drafter: AnyDrafterConfig | None
     layout: xiaomi.Layout | None
     stored: Stored | None
 
 
-def find_model(model: str | Path | ModelConfig, drafter: DrafterConfig | bool = True) -> Model:
+def find_model(
+    model: str | Path | ModelConfig, drafter: AnyDrafterConfig | bool | str = True
+) -> Model:
     """Finds a model by its preset's name, its checkpoint's directory, or its configuration.
 
     Args:
       model: a directory needs its config.json alone; with its tensors their dtypes are known too.
-      drafter: True takes the model's own, if there is one; False none; or a configuration.
+      drafter: "dflash", "mtp", True (the first that the model has), False, or a configuration.
 
     Raises:
-      MimoError: if there is no such model.
+      MimoError: if there is no such model, or it has no such drafter.
     """
-    given = None if isinstance(drafter, bool) else drafter
     if isinstance(model, ModelConfig):
-        return Model(f"{model.num_hidden_layers} layers", model, given, None, None)
-    name = str(model)
-    if Path(name).is_dir():
-        return _in_directory(Path(name), given, drafter is True)
-    if name not in preset_names():
+        found = Model(f"a model of {model.num_hidden_layers} layers", model, None, None, None)
+    elif Path(model).is_dir():
+        found = _in_directory(Path(model))
+    elif str(model) in preset_names():
+        found = _preset(str(model))
+    else:
         raise MimoError(
-            f"{name!r} is neither a directory nor a preset; presets: {', '.join(preset_names())}."
+            f"{str(model)!r} is neither a directory nor a preset; presets: "
+            f"{', '.join(preset_names())}."
         )
-    config = preset(name)
-    own = drafter_preset(name) if name in preset_names(drafter=True) else None
-    layout, stored = xiaomi.LAYOUTS.get(xiaomi.RELEASES.get(name, "")), None
+    return dataclasses.replace(found, drafter=_choose(found, drafter))
+
+
+def _choose(found: Model, wanted: AnyDrafterConfig | bool | str) -> AnyDrafterConfig | None:
+    """The drafter that is asked for."""
+    if not isinstance(wanted, bool | str):
+        return wanted
+    layers = found.config.num_nextn_predict_layers
+    own = {"dflash": found.drafter, "mtp": MTPConfig(found.config, layers) if layers else None}
+    present = {kind: config for kind, config in own.items() if config is not None}
+    if wanted is True:
+        return next(iter(present.values()), None)
+    if wanted is not False and wanted not in present:
+        raise MimoError(
+            f"drafter={wanted!r} is not allowed: {found.name} has "
+            f"{' and '.join(map(repr, present)) or 'no drafter'}."
+        )
+    return present.get(wanted) if wanted else None
+
+
+def _preset(name: str) -> Model:
+    drafter = drafter_preset(name) if name in preset_names(drafter=True) else None
+    config, layout, stored = preset(name), xiaomi.LAYOUTS.get(xiaomi.RELEASES.get(name, "")), None
     if layout is not None:
-        drafted = own if isinstance(own, DrafterConfig) else None
-        stored = Stored.of(xiaomi.declare(config, drafted, layout), ENCODERS.get(name, (0, 0)))
-    return Model(name, config, own if drafter is True else given, layout, stored)
+        stored = Stored.of(xiaomi.declare(config, drafter, layout), ENCODERS.get(name, (0, 0)))
+    return Model(name, config, drafter, layout, stored)
 
 
-def _in_directory(directory: Path, given: DrafterConfig | None, with_drafter: bool) -> Model:
+def _in_directory(directory: Path) -> Model:
     """The model of our own or of a released checkpoint."""
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
-    found = [directory / name for name in DRAFTER_FILES if (directory / name).exists()]
-    if found and with_drafter:
-        given = DrafterConfig.from_dict(read_json(found[0]))
+    paths = [directory / name for name in DRAFTER_FILES if (directory / name).exists()]
+    drafter = DrafterConfig.from_dict(read_json(paths[0])) if paths else None
     layout = stored = None
     if (directory / INDEX).exists() or any(directory.glob("*.safetensors")):
         tensors = TensorFiles.open(directory).tensors
@@ -124,4 +150,4 @@ def _in_directory(directory: Path, given: DrafterConfig | None, with_drafter: bo
         skipped = [t for name, t in tensors.items() if name.startswith(xiaomi.SKIPPED)]
         encoders = len(skipped), sum(t.nbytes for t in skipped) // xiaomi.BYTES["BF16"]
         stored = Stored(len(tensors), elements, *encoders)
-    return Model(str(directory), config, given, layout, stored)
+    return Model(str(directory), config, drafter, layout, stored)

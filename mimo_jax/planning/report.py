@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mimo_jax.checkpoint.xiaomi import BYTES, FP8
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS
 from mimo_jax.decode.program import Plan, Settings, make_plan
 from mimo_jax.errors import MimoError
@@ -134,7 +134,7 @@ def plan(
     devices: int = 8,
     max_len: int = 131072,
     *,
-    drafter: DrafterConfig | bool = True,
+    drafter: AnyDrafterConfig | bool | str = True,
     batch: int = 1,
     block: int | None = None,
     layout: str = "tensor",
@@ -151,7 +151,8 @@ def plan(
         configuration.
       devices: that share the model.
       max_len: tokens that a sequence may have; at most the model's context counts.
-      drafter: True takes the model's own, if there is one; False none; or a configuration.
+      drafter: "dflash", or "mtp" for the model's own layers; True is the first that the model has;
+        False none; or a configuration.
       batch: sequences.
       block: rows of a verified block; by default the drafter's.
       layout: "tensor" cuts every expert, "expert" gives each device whole ones.
@@ -199,7 +200,7 @@ def round_of(placed: Plan, settings: Settings, rows: int) -> Round:
     """What a round reads from one device's memory.
 
     All weights are read once, but: of the experts the chosen ones; of the embedding the tokens'
-    rows; the drafter for a drafted block alone, which needs the head a second time.
+    rows; the drafter for a drafted block alone, which needs the head once more, or once a layer.
 
     Args:
       placed: the model on its mesh.
@@ -223,7 +224,9 @@ def round_of(placed: Plan, settings: Settings, rows: int) -> Round:
         weights = {name: n for name, n in weights.items() if name != _drafter_group(placed)}
         caches.pop(CONTEXTS)
     elif placed.drafter is not None:
-        weights["head, for the drafter"] = weights[HEAD]
+        # DFlash drafts in one pass; each MTP layer needs the token that the one before it drafted.
+        passes = placed.drafter.num_hidden_layers if placed.parts[1] == "mtp" else 1
+        weights["head, for the drafter"] = passes * weights[HEAD]
     return Round(rows, experts, weights, caches)
 
 
@@ -241,7 +244,7 @@ def _forward_bytes(single: Plan, dtype: Any) -> int:
 
 
 def _drafter_group(placed: Plan) -> str:
-    return group_of(f"{getattr(placed.drafter, 'part', 'drafter')}.any")
+    return group_of(f"{placed.parts[1]}.any")
 
 
 def _check(**values: Any) -> None:

@@ -45,9 +45,8 @@ def total(parts: dict[str, dict[str, int]]) -> int:
 
 def weights_of(placed: Plan) -> dict[str, int]:
     """Bytes of the parameters on one device, by group."""
-    drafter = getattr(placed.drafter, "part", "drafter")
     sizes: dict[str, int] = {}
-    parts = zip(("target", drafter), placed.params, placed.param_shardings, strict=True)
+    parts = zip(placed.parts, placed.params, placed.param_shardings, strict=True)
     for part, state, where in parts:
         if state is None:
             continue

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from tiny_checkpoint import checkpoint  # noqa: F401
 import mimo_jax
 from mimo_jax import cli
 from mimo_jax.checkpoint import store
-from mimo_jax.checkpoint.xiaomi import RELEASES, declare
+from mimo_jax.checkpoint.xiaomi import BYTES, RELEASES, declare
 from mimo_jax.decode.program import Settings, make_plan
 from mimo_jax.errors import MimoError
 from mimo_jax.planning import memory
@@ -80,6 +82,12 @@ def released(request):
     return plan(name, devices=1, max_len=MILLION), declared, PUBLISHED[name]
 
 
+def bytes_of(tensors) -> int:
+    """Of many tensors, most of them alike: each kind is measured once."""
+    kinds = Counter((tensor.dtype, tensor.shape) for tensor in tensors)
+    return sum(n * BYTES[dtype] * math.prod(shape) for (dtype, shape), n in kinds.items())
+
+
 def test_stored_totals_are_the_published_ones(released):
     made, declared, published = released
     stored = made.stored
@@ -90,7 +98,7 @@ def test_stored_totals_are_the_published_ones(released):
     assert len(declared) == published["tensors"] - (364 + 75 + 20)
     codes = [n for n, t in declared.items() if t.dtype == "U8" and n.endswith("_proj.weight")]
     assert len(codes) == published["expert tensors"]
-    own = sum(t.elements for t in declared.values() if t.dtype == "BF16")
+    own = bytes_of(t for t in declared.values() if t.dtype == "BF16") // 2
     assert own + stored.encoder_elements == published["BF16"]
 
 
@@ -99,8 +107,8 @@ def test_bytes_of_a_forward_pass_are_the_published_ones(released):
     reads = dict(made.rounds["plain"].weights)
     assert made.forward_bytes == sum(reads.values())
     # The published figure leaves the scales out: they are less than a thousandth of it.
-    codes = sum(
-        tensor.nbytes
+    codes = bytes_of(
+        tensor
         for tensor in declared.values()
         if tensor.parameter.startswith("target") and tensor.parameter.endswith("attention.qkv")
     )
@@ -131,11 +139,11 @@ def test_bytes_of_the_caches_are_the_published_ones(released):
 def test_parameters_are_the_stored_tensors(released):
     """Our tree and Xiaomi's files are two declarations: group by group they hold the same bytes."""
     made, declared, _ = released
-    stored: dict[str, int] = {}
     groups = {name: group_of(name) for name in {t.parameter for t in declared.values()}}
+    members: dict[str, list] = {}
     for tensor in declared.values():
-        group = groups[tensor.parameter]
-        stored[group] = stored.get(group, 0) + tensor.nbytes
+        members.setdefault(groups[tensor.parameter], []).append(tensor)
+    stored = {group: bytes_of(tensors) for group, tensors in members.items()}
     del stored["MTP layers"]
     ours = {group: size for group, size in made.weights.items() if group != "drafter"}
     # The scales of ours are finer: a row for 64 rows of heads, where tiles have 128.
@@ -221,6 +229,18 @@ def test_rounds_read_what_the_layouts_make_them_read():
         assert other.weights["experts"] > one.weights["experts"], "some device has more than others"
     assert "drafter" not in tensor.rounds["plain"].weights
     assert tensor.seconds("plain") == tensor.rounds["plain"].nbytes / tensor.bandwidth
+
+
+def test_mtp_layers_are_a_drafter_too():
+    config = dataclasses.replace(preset("mimo-nano"), num_nextn_predict_layers=2)
+    made = plan(config, 2, 512, drafter="mtp")
+    assert made.block == 3 and made.rounds["drafted"].rows == 3
+    reads = made.rounds["drafted"].weights
+    assert reads["MTP layers"] == made.weights["MTP layers"] > 0
+    assert reads["head, for the drafter"] == 2 * reads["head"], "one pass for each draft"
+    assert "MTP layers" not in made.rounds["plain"].weights
+    with pytest.raises(MimoError, match="drafter='dflash' is not allowed.*has 'mtp'"):
+        plan(config, drafter="dflash")
 
 
 def test_load_refuses_what_cannot_fit(checkpoint, monkeypatch):  # noqa: F811
