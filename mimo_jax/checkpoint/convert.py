@@ -148,7 +148,7 @@ def convert(
         done = 0
         for group, names in job.groups.items():
             if group not in known:
-                job.convert(group, verify, lambda part: progress(done + part, job.nbytes))  # noqa: B023
+                job.convert(group, verify, lambda n, at=done: progress(at + n, job.nbytes))
             done += sum(job.planned[name].nbytes for name in names)
             progress(done, job.nbytes)
         job.finish()

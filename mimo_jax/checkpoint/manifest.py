@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ class ArrayEntry:
     def nbytes(self) -> int:
         """Bytes of the content."""
         return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> "ArrayEntry":
+        """From JSON; raises a ValueError or a KeyError for what cannot be."""
+        shape, dtype = fields["shape"], fields["dtype"]
+        sizes = all(type(size) is int and 0 <= size < 2**40 for size in shape)
+        if not sizes or len(shape) > 8 or dtype not in (*FLOATS, *(code.name for code in CODES)):
+            raise ValueError(f"an array is {str(dtype)[:40]}{str(shape)[:80]}")
+        return cls(tuple(shape), dtype, fields["hash"])
 
     @classmethod
     def of(cls, array: np.ndarray) -> "ArrayEntry":
@@ -133,13 +143,13 @@ class Manifest:
         if body.pop("hash", None) != _hash_body(body):
             raise MimoError(f"{path} was changed after it was written: its hash differs. {AGAIN}")
         try:
-            arrays = {
-                name: ArrayEntry(tuple(entry["shape"]), entry["dtype"], entry["hash"])
-                for name, entry in body["arrays"].items()
-            }
-            blobs = {name: (int(size), str(h)) for name, (size, h) in body.get("blobs", {}).items()}
-            grouped = body["format"] == FORMATS[True]
-            return cls(arrays, dict(body["files"]), dict(body["notes"]), blobs, grouped)
+            arrays = {name: ArrayEntry.read(entry) for name, entry in body["arrays"].items()}
+            blobs = {name: (size, text) for name, (size, text) in body.get("blobs", {}).items()}
+            files, grouped = dict(body["files"]), body["format"] == FORMATS[True]
+            for name in [*files, *blobs]:
+                if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
+                    raise ValueError(f"{name!r} is no file of this directory")
+            return cls(arrays, files, dict(body["notes"]), blobs, grouped)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MimoError(
                 f"{path} lacks a part or has one malformed ({error}). {AGAIN}"
@@ -149,7 +159,7 @@ class Manifest:
         """Raises a MimoError naming the first small file that is missing or was changed."""
         for name, expected in self.files.items():
             path = directory / name
-            if not path.is_file():
+            if not isfile(path):
                 raise MimoError(f"{path} is missing, but the manifest lists it. {AGAIN}")
             if hash_bytes(path.read_bytes()) != expected:
                 raise MimoError(
@@ -164,7 +174,7 @@ class Manifest:
         """
         for name, (size, expected) in self.blobs.items():
             path = directory / PARAMS / name
-            if not path.is_file():
+            if not isfile(path):
                 raise MimoError(f"{path} is missing, but the manifest lists it. {AGAIN}")
             found = path.stat().st_size
             if found != size:

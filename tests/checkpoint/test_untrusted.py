@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mimo_jax.checkpoint.manifest import Manifest, _hash_body
 from mimo_jax.checkpoint.safetensors import DTYPES, INDEX, TensorFiles
 from mimo_jax.config import DrafterConfig, ModelConfig, read_json
 from mimo_jax.errors import MimoError
@@ -188,6 +189,13 @@ DRAFTER = {k: DRAFTER[k] for k in DRAFTER if k != "target_layer_ids"} | {
     "is_causal": False,
     "swa_window_size": 1024,
 }
+MANIFEST = {
+    "format": 2,
+    "arrays": {"target.a": {"shape": [2, 3], "dtype": "float32", "hash": "0" * 32}},
+    "files": {"config.json": "0" * 32},
+    "notes": {"by": "us"},
+    "blobs": {"target.a/d/0": [24, "0" * 32]},
+}
 CONFIGS = {ModelConfig: RELEASED, DrafterConfig: DRAFTER}
 
 
@@ -233,6 +241,38 @@ def test_one_field_after_the_other():
                 except MimoError:
                     refused += 1
     assert refused > len(wrong) * 20
+
+
+@fuzz
+@given(body=changed({k: v for k, v in MANIFEST.items() if k != "hash"}))
+def test_manifests_with_a_hash_that_fits(folder, body):
+    """As a forger would write them."""
+    text = json.dumps(body | {"hash": _hash_body(body)}) if isinstance(body, dict) else "[]"
+    (folder / "manifest.json").write_text(text)
+    try:
+        manifest = Manifest.read(folder)
+        for check in (manifest.check_files, manifest.check_blobs):
+            check(folder)
+    except MimoError:
+        return
+    assert not manifest.files and not manifest.blobs
+
+
+def test_manifests_do_not_lead_out_of_their_directory(folder):
+    for key, entry in (("files", "0" * 32), ("blobs", [3, ""])):
+        for name in ("../x", "/etc/hosts", "a/../../x", "a\x00"):
+            body = MANIFEST | {key: {name: entry}}
+            body.pop("hash", None)
+            (folder / "manifest.json").write_text(json.dumps(body | {"hash": _hash_body(body)}))
+            with pytest.raises(MimoError, match="is no file of this directory"):
+                Manifest.read(folder)
+
+
+def test_names_that_are_too_long(folder):
+    body = MANIFEST | {"files": {"n" * 3000: "0" * 32}}
+    (folder / "manifest.json").write_text(json.dumps(body | {"hash": _hash_body(body)}))
+    with pytest.raises(MimoError, match="nnn is missing"):
+        Manifest.read(folder).check_files(folder)
 
 
 @fuzz
