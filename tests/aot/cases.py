@@ -183,18 +183,53 @@ def decode_nano_mtp(mesh) -> Case:
     return decode(mesh, MTPConfig(preset("mimo-nano")))
 
 
+def decode_wide(mesh, max_len: int) -> Case:
+    """Three layers of MiMo-V2.6-Pro's widths with two of its drafter's, as they are stored."""
+    return program(*wide(mesh, max_len))
+
+
+def decode_wide_short(mesh) -> Case:
+    """With little to attend to."""
+    return decode_wide(mesh, 4096)
+
+
+def decode_wide_long(mesh) -> Case:
+    """With so much that attention's scores are most of the temporaries."""
+    return decode_wide(mesh, 131072)
+
+
+def wide(mesh, max_len: int):
+    """The plan and the settings of `decode_wide`."""
+    config = dataclasses.replace(
+        preset("mimo-v2.6-pro"),
+        num_hidden_layers=3,
+        hybrid_layer_pattern=(0, 1, 0),
+        moe_layer_freq=(0, 1, 1),
+    )
+    drafter = dataclasses.replace(
+        drafter_preset("mimo-v2.6-pro"), num_hidden_layers=2, target_layer_ids=(0, 0, 1, 1, 2)
+    )
+    plan = make_plan(config, drafter, mesh, fp8=True, dtype=jnp.bfloat16)
+    block = drafter.block_size
+    return plan, Settings(batch=1, max_len=max_len, block=block, chunk=256, dtype=jnp.bfloat16)
+
+
 def decode(mesh, drafter) -> Case:
     """The decode program of mimo-nano with a drafter."""
     plan = make_plan(preset("mimo-nano"), drafter, mesh, packed=True, dtype=jnp.bfloat16)
     block = drafter.block_size
-    settings = Settings(batch=1, max_len=2048, block=block, chunk=64, dtype=jnp.bfloat16)
+    return program(plan, Settings(batch=1, max_len=2048, block=block, chunk=64, dtype=jnp.bfloat16))
+
+
+def program(plan, settings: Settings) -> Case:
+    """The decode program of a plan, for one sequence."""
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         plan.params,
         plan.param_shardings,
     )
     state = jax.eval_shape(state_maker(plan, settings))
-    everywhere = shardings(PartitionSpec(), mesh)
+    everywhere = shardings(PartitionSpec(), plan.mesh)
 
     def argument(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)

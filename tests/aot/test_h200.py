@@ -1,8 +1,11 @@
 """What the compilers make of our programs for an H200, on a machine that has none."""
 
+import cases
 import h200
 import pytest
 from h200 import report
+
+from mimo_jax.planning.sizes import abstract_mesh, workspace_of
 
 pytestmark = [
     pytest.mark.aot,
@@ -81,6 +84,15 @@ def test_the_decode_program_is_one_graph(case):
     found = report(case)
     assert not found.outside and len(found.graphs) == 1
     assert found.graphs[0].count("kWhile") >= 2
+
+
+@pytest.mark.parametrize(("case", "max_len"), [("short", 4096), ("long", 131072)])
+def test_the_plan_estimates_the_temporaries(case, max_len):
+    placed, settings = cases.wide(abstract_mesh(8), max_len)
+    estimate = sum(workspace_of(placed, settings).values())
+    found = report(f"decode_wide_{case}", devices=8)
+    print(f"estimated {estimate:,}, XLA's {found.temporaries:,}")
+    assert 0.8 < estimate / found.temporaries < 1.7
 
 
 def test_a_kernel_that_spills_is_seen(tmp_path):

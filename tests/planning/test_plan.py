@@ -5,12 +5,14 @@ import itertools
 import json
 import math
 from collections import Counter
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Decoder, tiny_drafter, tiny_model
+from jax.sharding import Mesh
 from tiny_checkpoint import checkpoint  # noqa: F401
 
 import mimo_jax
@@ -252,6 +254,18 @@ def test_load_refuses_what_cannot_fit(checkpoint, monkeypatch):  # noqa: F811
     for words in ("max_len=170", "weights", "caches", "workspace", "1/2 of this machine", "2.0 MB"):
         assert words in str(error.value)
     assert "What would fit" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stats", "free"),
+    [({"bytes_limit": 900, "bytes_in_use": 200}, 700), ({"bytes_limit": 900}, 900), (None, None)],
+)
+def test_a_gpu_says_how_much_is_free(stats, free):
+    device = mock.Mock(platform="gpu", device_kind="NVIDIA H200", id=3)
+    device.memory_stats.return_value = stats
+    mesh = mock.Mock(spec=Mesh, devices=np.array([device, device]))
+    memory_, whose = memory.device_memory(mesh)
+    assert memory_ == free and (whose == "NVIDIA H200 3" or free is None)
 
 
 def test_what_the_refusal_names_does_fit(checkpoint, monkeypatch):  # noqa: F811
