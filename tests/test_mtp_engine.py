@@ -193,3 +193,17 @@ def test_layers_of_another_target_are_refused():
         other = MTPConfig(dataclasses.replace(CONFIG, **{field: value}))
         with pytest.raises(MimoError, match="the MTP layers'"):
             make_plan(CONFIG, other, make_mesh(1), dtype=jnp.float32)
+
+
+def test_fp8_is_where_the_target_has_it():
+    layers = make_plan(CONFIG, MTP_CONFIG, make_mesh(1), fp8=True, dtype=jnp.float32).params[1]
+    dtypes = {
+        ".".join(map(str, path[2:])): parameter.dtype.name
+        for path, parameter in nnx.to_flat_state(layers)
+        if path[1] == 2
+    }
+    codes = {name for name, dtype in dtypes.items() if dtype == "float8_e4m3fn"}
+    assert codes == {"attention.qkv", "ffn.gate_up", "ffn.down"}
+    assert {f"{name}_scale" for name in codes} < dtypes.keys()
+    drafter = make_plan(CONFIG, DRAFTER, make_mesh(1), fp8=True, dtype=jnp.float32).params[1]
+    assert all(p.dtype == jnp.float32 for _, p in nnx.to_flat_state(drafter))
