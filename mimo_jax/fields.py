@@ -14,7 +14,7 @@ MAX_LAYERS = 4096
 """The most layers, and the longest list, that a configuration may have."""
 
 MAY_BE_ZERO = frozenset(
-    "mask_token_id num_nextn_predict_layers n_routed_experts num_experts_per_tok "
+    "eos_token_id mask_token_id num_nextn_predict_layers n_routed_experts num_experts_per_tok "
     "moe_intermediate_size hybrid_block_size".split()
 )
 MAY_BE_NEGATIVE = frozenset({"attention_value_scale", "routed_scaling_factor"})

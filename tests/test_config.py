@@ -123,6 +123,10 @@ def test_round_trip_through_json(name):
         assert DrafterConfig.from_dict(json.loads(json.dumps(drafter.to_dict()))) == drafter
 
 
+def test_token_zero_may_end_an_answer():
+    assert ModelConfig.from_dict(released("mimo-v2.5") | {"eos_token_id": 0}).eos_token_ids == (0,)
+
+
 def without(*names: str) -> dict:
     fields = released("mimo-v2-flash")
     for name in names:
