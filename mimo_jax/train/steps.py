@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,13 @@ class Steps:
         return self.folder / f"{step:0{_DIGITS}d}"
 
     def _make_room(self, nbytes: int) -> None:
-        """Raises an OSError at once where the disk has no room for that many bytes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Raises an OSError at once where nothing can be written, or not so many bytes.
+
+        Orbax's threads would wait for each other for minutes.
+        """
+        probe = self.folder / "probe"
+        probe.mkdir(parents=True, exist_ok=True)
+        probe.rmdir()
         free = shutil.disk_usage(self.folder).free
         if free < nbytes:
             raise OSError(f"it takes {nbytes / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
@@ -162,6 +168,7 @@ class Steps:
             yield
         except Exception as error:  # Orbax and TensorStore raise ValueError, OSError and others.
             step, self._pending = self._pending, None
+            _hush_callbacks()
             self.close()
             self.clean()
             newest = self.newest
@@ -199,6 +206,20 @@ def _reason(error: Exception) -> str:
         if known.lower() in str(error).lower():
             return known
     return words
+
+
+def _hush_callbacks() -> None:
+    """Keeps callbacks of a write that failed from printing tracebacks when they come too late.
+
+    TensorStore's threads call back into an event loop that Orbax has closed by then.
+    """
+    before = sys.unraisablehook
+
+    def hook(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
