@@ -39,6 +39,7 @@ class Launch:
       ahead: the rows of the next slot are loaded during this one's, where registers allow.
       stages: of the ring; None takes `default_stages`.
       ctas: thread blocks, one for each SM.
+      arm_together: the producer's four warps meet at each stage before its copy is issued.
       time_line: also return when each warpgroup began and ended what; fused.
     """
 
@@ -49,6 +50,7 @@ class Launch:
     ahead: bool = True
     stages: int | None = None
     ctas: int = 132
+    arm_together: bool = True
     time_line: bool = False
 
     def __post_init__(self):
@@ -405,8 +407,10 @@ class Block:
             num_threads=self.consumers + 2,
             thread_name="wg",
             scratch_types=self.scratch_types(shape, slots),
-            # With Pallas' own barriers: the producer's four warps arm a stage together.
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            # Pallas' own barriers, which are the producer's only.
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=not self.launch.arm_together
+            ),
             kernel_name=name,
             interpret=interpret,
         )
