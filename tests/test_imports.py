@@ -28,7 +28,8 @@ LAYERS = (
     ("mimo_jax.planning",),
     ("mimo_jax.engine", "mimo_jax.train"),
     ("mimo_jax",),
-    ("mimo_jax.bench", "mimo_jax.commands", "mimo_jax.server"),
+    ("mimo_jax.bench",),
+    ("mimo_jax.commands", "mimo_jax.server"),
     ("mimo_jax.cli",),
     ("mimo_jax.__main__",),
 )

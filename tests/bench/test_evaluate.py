@@ -1,0 +1,127 @@
+"""`mimo eval`: prompts and their domains, what is counted, and the whole command."""
+
+import dataclasses
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_checkpoint import checkpoint  # noqa: F401
+
+import mimo_jax
+from mimo_jax import cli
+from mimo_jax.bench import evaluate
+from mimo_jax.errors import MimoError
+from mimo_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """As much of an Output as is counted."""
+
+    rounds: tuple[int, ...]
+    tokens: tuple[int, ...]
+    stats: "Answer | None" = None
+    acceptance_histogram: tuple[int, ...] = ()
+
+
+def answer(lengths, rng):
+    """An answer whose rounds emitted so many tokens, no token twice."""
+    rounds = tuple(np.repeat(np.arange(len(lengths)), lengths).tolist())
+    tokens = tuple(rng.permutation(5000)[: len(rounds)].tolist())
+    histogram = tuple(np.bincount(lengths, minlength=6).tolist())
+    return Answer(rounds, tokens, Answer((), (), None, histogram))
+
+
+def test_what_is_counted(rng):
+    lengths = [rng.integers(1, 6, n).tolist() for n in (7, 3, 11)]
+    outputs = [answer(some, rng) for some in lengths]
+    prompts = [[9000 + n, 9001] for n in range(3)]
+    found = evaluate.measure(prompts, outputs, 5)
+    every = np.concatenate(lengths)
+    assert found["answers"] == 3 and found["rounds"] == len(every)
+    assert found["tokens"] == every.sum()
+    assert math.isclose(found["acceptance_length"], every.mean())
+    # Nothing is repeated, and nothing can be looked up.
+    assert math.isclose(found["without_repeats"], every.mean())
+    assert found["prompt_lookup"] == 1 and found["repeated_share"] == 0
+    assert found["histogram"] == np.bincount(every, minlength=6).tolist()
+    shares = [(every > k).mean() for k in range(1, 5)]
+    assert np.allclose(found["by_position"], shares)
+
+
+def test_domains_take_turns(tmp_path):
+    first, second = tmp_path / "code.jsonl", tmp_path / "chat.jsonl"
+    lines = [{"text": "a", "file": "flask/x.py"}, {"text": "b", "file": "flask/y.py"},
+             {"text": "c", "domain": "maths"}, {"text": "d"}]  # fmt: skip
+    first.write_text("\n".join(map(json.dumps, lines)))
+    second.write_text('{"text": "e"}\n')
+    prompts = evaluate.read_prompts([str(first), str(second)], 9)
+    assert [(p["domain"], p["text"]) for p in prompts] == [
+        ("flask", "a"), ("maths", "c"), ("code", "d"), ("chat", "e"), ("flask", "b")
+    ]  # fmt: skip
+    assert len(evaluate.read_prompts([str(first)], 2)) == 2
+    second.write_text('{"words": "e"}\n')
+    with pytest.raises(MimoError, match="chat.jsonl, line 1 is no object with a text"):
+        evaluate.read_prompts([str(second)], 1)
+    second.write_text("")
+    with pytest.raises(MimoError, match="hold no prompt"):
+        evaluate.read_prompts([str(second)], 1)
+
+
+def test_prompts_of_a_length(checkpoint, tmp_path):  # noqa: F811
+    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("abx = ba\n" * 50)
+    cut = evaluate.cut_prompts([str(tmp_path / "a.txt")], tokenizer, 37, 4)
+    assert len(cut) == 4 and {len(prompt) for prompt in cut} == {37}
+    assert len({tuple(prompt) for prompt in cut}) > 1
+    with pytest.raises(MimoError, match="a context of 9999 is asked for"):
+        evaluate.cut_prompts([str(tmp_path / "a.txt")], tokenizer, 9999, 4)
+
+
+@pytest.mark.slow
+def test_the_command(checkpoint, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "a.txt").write_text("".join(f"{x}b = {x}x\n" for x in "acdefghk" * 40))
+    (tmp_path / "p.jsonl").write_text('{"text": "abx = ba"}\n{"text": "cd", "domain": "d"}\n')
+    arguments = ["eval", "--model", str(checkpoint), "--text", str(tmp_path / "a.txt")]
+    arguments += ["--prompts", str(tmp_path / "p.jsonl"), "--temperatures", "0", "1"]
+    arguments += ["--contexts", "9", "30", "--count", "2", "--max-tokens", "7", "--rows", "3"]
+    assert cli.main([*arguments, "--length", "50"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert set(result["acceptance"]["by_temperature"]) == {"0", "1"}
+    assert set(result["acceptance"]["by_domain"]) == {"p", "d"}
+    assert set(result["acceptance"]["by_context"]) == {"9", "30"}
+    assert "Acceptance by domain" in out and "Held-out text" in out
+    assert result["acceptance"]["by_context"]["30"]["tokens"] == 14
+
+    # Bits per byte by plain decoding's own forward pass.
+    text = result["text"]
+    assert (text["rows"], text["tokens"]) == (3, 3 * 49)
+    with mimo_jax.load(checkpoint, devices=1, experts="dequantized", progress=False) as engine:
+        ids = engine.tokenizer.encode((tmp_path / "a.txt").read_text())[:150]
+        nats, size = plain_nats(engine, np.array(ids).reshape(3, 50))
+    assert text["bytes"] == size
+    assert math.isclose(text["bits_per_byte"], nats / math.log(2) / size, rel_tol=1e-4)
+
+
+def plain_nats(engine, rows):
+    """Cross-entropy of rows by the model's cached forward pass, and the bytes predicted."""
+    from flax import nnx
+
+    from mimo_jax.cache import init_cache
+
+    model = nnx.merge(engine._plan.graphs[0], engine._params[0])
+    config, (b, t) = engine.config, rows.shape
+    caches = tuple(
+        init_cache(a, a.num_kv_heads, b, t, t, jnp.float32)
+        for a in map(config.attention, range(config.num_hidden_layers))
+    )
+    live, start = jnp.ones((b, t), bool), jnp.zeros(b, jnp.int32)
+    h, _, _ = model(jnp.asarray(rows, jnp.int32), start, live, caches, ())
+    logits = np.asarray(model.logits(h), np.float64)[:, :-1]
+    top = logits.max(-1)
+    nats = np.log(np.exp(logits - top[..., None]).sum(-1)) + top
+    nats -= np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
+    return nats.sum(), len(engine.tokenizer.decode_bytes(rows[:, 1:].ravel().tolist()))
