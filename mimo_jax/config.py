@@ -297,7 +297,7 @@ class DrafterConfig:
           MimoError: for a field that is missing, unknown or not supported.
         """
         fields = check_fields(cls, fields, _READ_AS_WELL)
-        fields = fields | fields.pop("dflash_config", {})
+        fields = check_fields(cls, fields | fields.pop("dflash_config", {}), _READ_AS_WELL)
         _refuse_other_drafters(fields)
         fields = check_fields(cls, _flatten_rope(fields), _READ_AS_WELL)
         if fields.pop("attention_sink_bias", False):

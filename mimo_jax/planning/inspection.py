@@ -292,7 +292,7 @@ def _tried(found: Inspection, look: Callable[[], Any]) -> Any:
     """What `look` gives; or None, and the problem noted."""
     try:
         return look()
-    except MimoError as error:
+    except (MimoError, OSError) as error:
         found.problems.append(str(error))
         return None
 

@@ -214,6 +214,7 @@ def test_other_variants_answer_the_same(name, checkpoint, rng, tmp_path):  # noq
         ({"draft_vocab_size": 32000}, "t2d"),
         ({"sample_from_anchor": True}, "anchor's row"),
         ({"dflash_config": INNER | {"output_multiplier": 0.196}}, "scaled"),
+        ({"dflash_config": INNER | {"rope_scaling": "yarn"}}, "rope_scaling='yarn'"),
         ({"layer_types": [FULL, SLIDING]}, "sliding_window"),
         ({"layer_types": [SLIDING] * 2, "sliding_window": 11}, "use_sliding_window"),
         ({"attention_gate": True}, "attention_gate"),
