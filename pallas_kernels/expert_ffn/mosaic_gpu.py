@@ -128,10 +128,11 @@ def _fused(x, weights, inputs, c, launch, interpret, hooks):
 def _check_resident(launch):
     """Blocks that wait for each other must all be on the GPU; one takes an SM for itself."""
     device = jax.devices()[0]
-    if device.platform == "gpu" and device.core_count < launch.ctas:
+    there = getattr(device, "core_count", launch.ctas)
+    if device.platform == "gpu" and there < launch.ctas:
         raise ValueError(
             f"{launch.ctas} thread blocks that wait for each other need as many SMs; "
-            f"{device.device_kind} has {device.core_count}: use that many `ctas`, or two launches."
+            f"{device.device_kind} has {there}: use that many `ctas`, or two launches."
         )
 
 

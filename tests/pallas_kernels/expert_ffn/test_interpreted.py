@@ -7,6 +7,7 @@ here also shows that each element was written.
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,12 @@ TOLERANCE = 5e-3
 # More blocks than some experts have units, fewer stages than a unit has parts in flight.
 TWO = mosaic_gpu.Launch(ctas=3, stages=2)
 ONE = mosaic_gpu.Launch(ctas=3, stages=2, fused=True, own_list=True, own_sum=True)
-INTERPRET = plgpu.InterpretGPUParams()
 
 
 @functools.partial(jax.jit, static_argnames=("hooks", "launch"))
 def _run(x, packed, ids, routing, hooks, launch):
     return mosaic_gpu.expert_ffn_mosaic(
-        x, packed, ids, routing, launch=launch, hooks=hooks, interpret=INTERPRET
+        x, packed, ids, routing, launch=launch, hooks=hooks, interpret=plgpu.InterpretGPUParams()
     )
 
 
@@ -155,6 +155,14 @@ def test_blocks_divide_the_units_of_both_passes_evenly():
             shares = np.diff(bounds)
             assert bounds[0] == 0 and bounds[-1] == total
             assert shares.max() - shares.min() <= 1
+
+
+def test_blocks_that_wait_for_each_other_need_an_sm_each(monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", core_count=78, device_kind="NVIDIA H20")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    with pytest.raises(ValueError, match="132 thread blocks .* NVIDIA H20 has 78"):
+        mosaic_gpu._check_resident(mosaic_gpu.Launch(fused=True))
+    mosaic_gpu._check_resident(mosaic_gpu.Launch(fused=True, ctas=78))
 
 
 def test_what_needs_one_launch_is_refused_for_two():
