@@ -41,7 +41,7 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
         """Rotated queries [b,t,n,h] and keys [b,t,k,h], and scaled values [b,t,k,v]."""
         config = self.config
-        weight = decoded(self.qkv, self.qkv_scale, x.dtype, config.scale_unit)
+        weight = decoded(self.qkv, self.qkv_scale, x, config.scale_unit)
         groups, rows, _ = weight.shape
         fused = linear(x, weight.reshape(groups * rows, -1)).reshape(*x.shape[:2], groups, rows)
         split = rows - config.head_dim - config.v_head_dim

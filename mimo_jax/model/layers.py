@@ -49,10 +49,25 @@ def embed(table: Shaped[Array, "w d"], tokens: Int32[Array, "b t"], parallel: Pa
 
 
 def decoded(
-    weight: nnx.Param, scale: nnx.Param | None, dtype, unit: int = fp8.TILE
+    weight: nnx.Param,
+    scale: nnx.Param | None,
+    x: Float[Array, "*rows i"],
+    unit: int = fp8.TILE,
 ) -> Float[Array, "*lead r c"]:
-    """A weight's values: decoded to dtype if it is FP8 and so has scales, one for `unit` rows."""
-    return weight[...] if scale is None else fp8.decode(weight[...], scale[...], unit, dtype)
+    """A weight's values for a product with x, in its dtype if the weight is FP8 and has scales.
+
+    Args:
+      weight: FP8 codes, or values that are returned as they are.
+      scale: a float32 scale for `unit` rows and 128 columns; None for values.
+      x: what the weight will be multiplied with.
+      unit: rows that share a scale.
+    """
+    if scale is None:
+        return weight[...]
+    # Bound to x, decoding stays inside the loop: XLA would move it out, once and for all, and the
+    # decoded weights would be held besides the codes.
+    codes, scales, _ = lax.optimization_barrier((weight[...], scale[...], x))
+    return fp8.decode(codes, scales, unit, x.dtype)
 
 
 def tile_scales(rngs: nnx.Rngs, shape, axes, quantized: bool) -> nnx.Param | None:
@@ -94,8 +109,6 @@ class DenseMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"], parallel: Parallel) -> Float[Array, "b t d"]:
         """Returns the sum over all devices."""
-        gate, up = (
-            linear(x, matrix) for matrix in decoded(self.gate_up, self.gate_up_scale, x.dtype)
-        )
-        down = decoded(self.down, self.down_scale, x.dtype)
+        gate, up = (linear(x, matrix) for matrix in decoded(self.gate_up, self.gate_up_scale, x))
+        down = decoded(self.down, self.down_scale, x)
         return parallel.sum(linear(jax.nn.silu(gate) * up, down))

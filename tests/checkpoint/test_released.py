@@ -271,11 +271,18 @@ def test_greedy_tokens_are_those_of_the_source(release, files, generate):
     assert loaded == run(placed)
 
 
-def answers(folder, **options) -> list[tuple[int, ...]]:
-    """Greedy answers to three prompts."""
+def carried(engine) -> str:
+    """What the program's loops carry from round to round, in XLA's words."""
+    (program,) = engine._programs.values()
+    return "\n".join(line for line in program.as_text().splitlines() if " while(" in line)
+
+
+def answers(folder, look=lambda engine: None, **options) -> list[tuple[int, ...]]:
+    """Greedy answers to three prompts; `look` sees the engine afterwards."""
     options = {"devices": 1, "max_len": 48, "drafter": False, "progress": False} | options
     with mimo_jax.load(folder, **options) as engine:
         outputs = [engine.generate(p, max_tokens=16, ignore_eos=True) for p in ("abc", "d", "gh")]
+        look(engine)
     assert all(len(output.tokens) == 16 for output in outputs)
     return [tuple(output.tokens) for output in outputs]
 
@@ -289,10 +296,15 @@ def test_the_engine_opens_a_directory_as_downloaded(files, tmp_path, capsys):
     """Text in, text out; FP8 kept in memory answers as FP8 decoded at load."""
     folder = copy_of(files, "v2.6", tmp_path)
     write_tokenizer(folder / "tokenizer.json")
-    decoded = answers(folder, progress=True)
+    loops = []
+    decoded = answers(folder, lambda engine: loops.append(carried(engine)), progress=True)
     said = capsys.readouterr().err
     assert "3 tensors of other modalities are not read" in said and "MB on disk" in said
-    assert agree(decoded, answers(folder, linear="fp8"))
+    kept = answers(folder, lambda engine: loops.append(carried(engine)), linear="fp8")
+    assert agree(decoded, kept)
+    # Decoded weights are not held beside the codes: decoding was not moved out of the loop.
+    assert ["f32[2,1088,288]" in text for text in loops] == [True, False]
+    assert ["f8e4m3fn[2,1088,288]" in text for text in loops] == [False, True]
 
 
 @pytest.mark.slow
