@@ -4,9 +4,10 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from mimo_jax.checkpoint import xiaomi
-from mimo_jax.checkpoint.safetensors import INDEX, TensorFiles
+from mimo_jax.checkpoint.safetensors import INDEX, SUFFIX, StoredTensor, TensorFiles
 from mimo_jax.config import AnyDrafterConfig, DrafterConfig, ModelConfig, MTPConfig, read_json
 from mimo_jax.errors import MimoError
 from mimo_jax.presets import ENCODERS, drafter_preset, preset, preset_names
@@ -136,18 +137,38 @@ def _preset(name: str) -> Model:
 
 def _in_directory(directory: Path) -> Model:
     """The model of our own or of a released checkpoint."""
-    config = ModelConfig.from_dict(read_json(directory / "config.json"))
+    fields = read_json(directory / "config.json")
+    config = ModelConfig.from_dict(fields)
     paths = [directory / name for name in DRAFTER_FILES if (directory / name).exists()]
     drafter = DrafterConfig.from_dict(read_json(paths[0])) if paths else None
-    layout = stored = None
-    if (directory / INDEX).exists() or any(directory.glob("*.safetensors")):
-        tensors = TensorFiles.open(directory).tensors
-        layout, config = xiaomi.detect(config, tensors)
-        elements: dict[str, int] = {}
-        for tensor in tensors.values():
-            size = tensor.nbytes // xiaomi.BYTES.get(tensor.dtype, 1)
-            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + size
-        skipped = [t for name, t in tensors.items() if name.startswith(xiaomi.SKIPPED)]
-        encoders = len(skipped), sum(t.nbytes for t in skipped) // xiaomi.BYTES["BF16"]
-        stored = Stored(len(tensors), elements, *encoders)
-    return Model(str(directory), config, drafter, layout, stored)
+    tensors = _tensors(directory)
+    if tensors is None:
+        return Model(str(directory), config, drafter, _layout(fields), None)
+    layout, config = xiaomi.detect(config, tensors)
+    elements: dict[str, int] = {}
+    for tensor in tensors.values():
+        size = tensor.nbytes // xiaomi.BYTES.get(tensor.dtype, 1)
+        elements[tensor.dtype] = elements.get(tensor.dtype, 0) + size
+    skipped = [t for name, t in tensors.items() if name.startswith(xiaomi.SKIPPED)]
+    encoders = len(skipped), sum(t.nbytes for t in skipped) // xiaomi.BYTES["BF16"]
+    return Model(str(directory), config, drafter, layout, Stored(len(tensors), elements, *encoders))
+
+
+def _tensors(directory: Path) -> dict[str, StoredTensor] | None:
+    """What safetensors files hold; None if there are none, or not yet all: a plan needs neither."""
+    if not (directory / INDEX).exists() and not any(directory.glob(f"*{SUFFIX}")):
+        return None
+    try:
+        return TensorFiles.open(directory).tensors
+    except MimoError:
+        return None
+
+
+def _layout(fields: dict[str, Any]) -> xiaomi.Layout | None:
+    """How a release stores its weights, by its config.json alone; None if that does not say."""
+    quantization = fields.get("quantization_config") or {}
+    if quantization.get("quant_method") != "fp8":
+        return None
+    fused = fields.get("attention_projection_layout") == "fused_qkv"
+    experts = xiaomi.MXFP4 if quantization.get("store_dtype") == "mxfp4" else xiaomi.FP8
+    return xiaomi.Layout(fused=fused, linear=xiaomi.FP8, experts=experts)

@@ -233,6 +233,21 @@ def test_rounds_read_what_the_layouts_make_them_read():
     assert tensor.seconds("plain") == tensor.rounds["plain"].nbytes / tensor.bandwidth
 
 
+def test_a_config_alone_is_enough(tmp_path):
+    """As before a download: the configuration says how the weights will be stored."""
+    config = dataclasses.replace(preset("mimo-nano"), expert_format="mxfp4")
+    fields = config.to_dict() | {"quantization_config": {"quant_method": "fp8"}}
+    fields["quantization_config"]["store_dtype"] = "mxfp4"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    stored = plan(tmp_path, 1, 512)
+    plain = plan(config, 1, 512)
+    assert stored.stored is None and stored.weights["experts"] == plain.weights["experts"]
+    assert 0.5 < stored.weights["attention qkv"] / plain.weights["attention qkv"] < 0.51
+    # The files have begun to come: nothing changes.
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    assert plan(tmp_path, 1, 512) == stored
+
+
 def test_mtp_layers_are_a_drafter_too():
     config = dataclasses.replace(preset("mimo-nano"), num_nextn_predict_layers=2)
     made = plan(config, 2, 512, drafter="mtp")
