@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from mimo_jax.config import DrafterConfig, ModelConfig
     from mimo_jax.decode.chat import ChatDelta, ChatOutput, ChatSession
     from mimo_jax.decode.output import Output, Piece, Stats
-    from mimo_jax.engine import Engine, Session, load
+    from mimo_jax.engine import Engine, Session
     from mimo_jax.errors import MimoError
+    from mimo_jax.loading import load
     from mimo_jax.planning.report import MemoryPlan, plan
     from mimo_jax.presets import drafter_preset, preset
     from mimo_jax.sharding import make_mesh
@@ -51,7 +52,7 @@ _HOMES = {
     "Stats": "decode.output",
     "ToolCall": "text.answer",
     "drafter_preset": "presets",
-    "load": "engine",
+    "load": "loading",
     "make_mesh": "sharding",
     "plan": "planning.report",
     "preset": "presets",

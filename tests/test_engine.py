@@ -472,16 +472,16 @@ def test_the_compilation_cache(tmp_path, monkeypatch, caplog):
     """A folder of ours unless the user has chosen one; without a writable place, a warning."""
     chosen = jax.config.jax_compilation_cache_dir
     try:
-        mimo_jax.engine._use_compilation_cache()
+        mimo_jax.loading._use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == chosen
         jax.config.update("jax_compilation_cache_dir", None)
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        mimo_jax.engine._use_compilation_cache()
+        mimo_jax.loading._use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir is None
         assert "Compiled programs are not kept" in caplog.text
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        mimo_jax.engine._use_compilation_cache()
+        mimo_jax.loading._use_compilation_cache()
         folder = tmp_path / "cache" / "mimo_jax" / "xla"
         assert jax.config.jax_compilation_cache_dir == str(folder) and folder.is_dir()
     finally:

@@ -27,6 +27,7 @@ LAYERS = (
     ("mimo_jax.decode", "mimo_jax.checkpoint"),
     ("mimo_jax.planning",),
     ("mimo_jax.engine", "mimo_jax.train"),
+    ("mimo_jax.loading",),
     ("mimo_jax",),
     ("mimo_jax.bench",),
     ("mimo_jax.commands", "mimo_jax.server"),

@@ -1,0 +1,289 @@
+"""Opens a checkpoint, ours or a released one, as an Engine on a mesh of devices."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mimo_jax.checkpoint import released, store, zlab
+from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.decode.batch import CHUNKS
+from mimo_jax.decode.program import Plan, Settings, make_plan
+from mimo_jax.engine import Engine
+from mimo_jax.errors import MimoError
+from mimo_jax.planning.memory import check_memory
+from mimo_jax.sharding import RULES, AnyMesh, make_mesh
+from mimo_jax.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_LEN = 4096
+"""Cache length where the model's context is longer and none is asked for."""
+
+DRAFTERS = {"dflash": "drafter", "mtp": "mtp"}
+"""Kinds of drafter, and the parts of a checkpoint that have their parameters."""
+
+Opened = store.Checkpoint | released.Released
+
+_log = logging.getLogger("mimo_jax")
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    devices: int | Sequence[Any] | None = None,
+    drafter: bool | str | Path = True,
+    max_len: int | None = None,
+    experts: str = "auto",
+    linear: str = "decoded",
+    layout: str = "tensor",
+    dtype: Any = None,
+    progress: bool = True,
+) -> Engine:
+    """Opens a checkpoint onto a mesh of devices.
+
+    Args:
+      path: directory of the checkpoint: ours, or one that Xiaomi released, as downloaded.
+      mesh: from `make_mesh`.
+      devices: instead of a mesh: how many devices, or which; all of them by default.
+      drafter: "dflash", or "mtp", the target's own multi-token-prediction layers; True is the
+        first that the checkpoint has; False leaves both out: decoding is plain, at its fastest,
+        with a block of 1. Or the directory of another DFlash drafter, such as z-lab's.
+      max_len: tokens that a sequence may have, prompt included; by default the model's context, and
+        at most 4096.
+      experts: "packed" keeps MXFP4 in memory; "dequantized" decodes it once, here: the same
+        tokens, more memory; "auto" is "dequantized" on CPUs, where decoding at every step costs
+        more than it saves, if that takes at most a quarter of the machine's memory; else "packed".
+        Experts that a released checkpoint stores in FP8 or bfloat16 are held in `dtype`; "mxfp4"
+        quantises them here, which changes them.
+      linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
+        decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
+        memory.
+      layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
+      dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
+      progress: say on stderr what takes time.
+
+    Raises:
+      MimoError: if the checkpoint is missing or damaged, does not fit the arguments, or needs more
+        memory than the devices have, which is known before anything is loaded.
+    """
+    if mesh is not None and devices is not None:
+        raise MimoError("mesh and devices are both given: one is enough.")
+    if layout not in RULES:
+        raise MimoError(f"layout={layout!r} is not allowed: it must be one of {list(RULES)}.")
+    checkpoint = _open(path, drafter)
+    mesh = make_mesh(devices) if mesh is None else mesh
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = _dtype(dtype, on_cpu)
+    mode = _experts(experts, checkpoint, dtype, on_cpu)
+    fp8 = _linear(linear, checkpoint)
+    max_len = _max_len(max_len, checkpoint.config)
+    tokenizer = _tokenizer(checkpoint)
+    _use_compilation_cache()
+
+    def say(message: str) -> None:
+        if progress:
+            print(message, file=sys.stderr, flush=True)
+
+    other = _other_drafter(drafter, checkpoint)
+    drafted = _drafter(drafter, checkpoint) if other is None else other.config
+    if drafter and drafted is None:
+        say(f"{path} has no drafter: decoding is plain.")
+
+    def declared(mesh: AnyMesh) -> Plan:
+        options = {"layout": layout, "packed": mode == "packed", "fp8": fp8, "dtype": dtype}
+        return make_plan(checkpoint.config, drafted, mesh, **options)
+
+    block = 1 if drafted is None else drafted.block_size
+    plan = check_memory(declared, mesh, Settings(1, max_len, block, CHUNKS[-1], dtype))
+    start = time.perf_counter()
+    params = jax.block_until_ready(_load_params(checkpoint, other, plan, say))
+    say(_loaded(checkpoint, plan, params, mode, dtype, time.perf_counter() - start))
+    return Engine(
+        plan,
+        params,
+        tokenizer,
+        max_len=max_len,
+        experts=mode,
+        dtype=dtype,
+        progress=progress,
+        directory=checkpoint.directory,
+    )
+
+
+def _loaded(
+    checkpoint: Opened, plan: Plan, params: Any, mode: str, dtype: Any, seconds: float
+) -> str:
+    """What was loaded, in a sentence."""
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    how = (
+        f", experts decoded from MXFP4 to {jnp.dtype(dtype).name}" if mode == "dequantized" else ""
+    )
+    platform = plan.mesh.devices.flat[0].platform
+    return (
+        f"Loaded {checkpoint.directory}: {checkpoint.nbytes / 1e6:.0f} MB on disk, "
+        f"{held / 1e6:.0f} MB on {plan.shards} {platform} device(s){how}, {seconds:.1f} s."
+    )
+
+
+def _other_drafter(wanted: bool | str | Path, checkpoint: Opened) -> zlab.StoredDrafter | None:
+    """A drafter in a directory of its own, if that is what was asked for."""
+    named = isinstance(wanted, str) and wanted not in DRAFTERS and Path(wanted).is_dir()
+    if named or isinstance(wanted, Path):
+        return zlab.open_drafter(wanted, checkpoint.config)
+    return None
+
+
+def _load_params(
+    checkpoint: Opened,
+    other: zlab.StoredDrafter | None,
+    plan: Plan,
+    say: Callable[[str], None],
+) -> Any:
+    """Parameters of target and drafter on the mesh; the drafter's may come from elsewhere."""
+    (target, drafter), (where, draft_where) = plan.params, plan.param_shardings
+    own = (target, None if other else drafter), (where, None if other else draft_where)
+    if isinstance(checkpoint, released.Released):
+        for note in checkpoint.notes:
+            say(note)
+        params = released.load(checkpoint, *own, _reporter(say), plan.parts)
+    else:
+        params = store.load(checkpoint, *own, parts=plan.parts)
+    if other is None:
+        return params
+    if other.mask is None:
+        say(
+            f"{other.directory} has no embedding of the mask: it is the target's row "
+            f"{other.config.mask_token_id}."
+        )
+    embedding = params[0]["embedding"].get_value()
+    return params[0], zlab.load(other, drafter, draft_where, embedding)
+
+
+def _drafter(wanted: bool | str, checkpoint: Opened) -> AnyDrafterConfig | None:
+    """The drafter that is asked for, or the first that there is."""
+    if wanted is False:
+        return None
+    found = {kind: getattr(checkpoint, part) for kind, part in DRAFTERS.items()}
+    present = [kind for kind, config in found.items() if config is not None]
+    if wanted is True:
+        return found[present[0]] if present else None
+    if wanted not in present:
+        raise MimoError(
+            f"drafter={wanted!r} is not allowed: {checkpoint.directory} has "
+            f"{' and '.join(map(repr, present)) or 'no drafter'}; True takes what there is, False "
+            "leaves it out, and a directory brings another."
+        )
+    return found[wanted]
+
+
+def _open(path: str | Path, drafter: bool | str | Path) -> Opened:
+    """Our checkpoints have a manifest; whatever else holds safetensors is taken as released."""
+    if not (Path(path) / store.NAME).exists() and released.is_released(path):
+        return released.open_released(path, drafter=drafter in (True, "dflash"))
+    return store.open_checkpoint(path)
+
+
+def _reporter(say: Callable[[str], None], every_s: float = 5.0) -> Callable[[int, int], None]:
+    """Says now and then how much was read."""
+    last = start = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= every_s:
+            last = now
+            rate = done / 1e9 / (now - start)
+            say(f"Read {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate:.2f} GB/s.")
+
+    return report
+
+
+def _tokenizer(checkpoint: Opened) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise MimoError(
+            f"{checkpoint.tokenizer} has {tokenizer.vocab_size} tokens, the model "
+            f"{checkpoint.config.vocab_size}: they do not belong together. Use the tokenizer that "
+            "the model was trained with."
+        )
+    return tokenizer
+
+
+def _dtype(dtype: Any, on_cpu: bool) -> Any:
+    if dtype is None:
+        return jnp.float32 if on_cpu else jnp.bfloat16
+    for allowed in (jnp.float32, jnp.bfloat16):
+        if dtype == allowed or dtype == jnp.dtype(allowed).name:
+            return allowed
+    raise MimoError(f"dtype={dtype!r} is not allowed: it must be float32 or bfloat16.")
+
+
+def _experts(experts: str, checkpoint: Opened, dtype: Any, on_cpu: bool) -> str:
+    """How the experts are held."""
+    allowed = ("auto", "packed", "dequantized", "mxfp4")
+    if experts not in allowed:
+        raise MimoError(f"experts={experts!r} is not allowed: it must be one of {allowed}.")
+    if not checkpoint.packed:
+        if experts == "mxfp4" and isinstance(checkpoint, released.Released):
+            return "packed"
+        if experts in ("packed", "mxfp4"):
+            raise MimoError(
+                f"experts={experts!r}, but {checkpoint.directory} stores dense experts: use "
+                "'auto'. Released checkpoints can be quantised while they are loaded, with 'mxfp4'."
+            )
+        return "dense"
+    if experts != "auto":
+        return "packed" if experts == "mxfp4" else experts
+    config = checkpoint.config
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    weights = sum(config.moe_layer_freq) * config.n_routed_experts * expert
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = weights * jnp.dtype(dtype).itemsize <= memory // 4
+    return "dequantized" if on_cpu and fits else "packed"
+
+
+def _linear(linear: str, checkpoint: Opened) -> bool:
+    """Whether FP8 weights stay FP8."""
+    if linear not in ("decoded", "fp8"):
+        raise MimoError(f"linear={linear!r} is not allowed: it must be 'decoded' or 'fp8'.")
+    if linear == "fp8" and not checkpoint.fp8:
+        raise MimoError(
+            f"linear='fp8', but {checkpoint.directory} stores no FP8 weights: use 'decoded'."
+        )
+    return linear == "fp8"
+
+
+def _max_len(max_len: int | None, config: ModelConfig) -> int:
+    context = config.max_position_embeddings
+    if max_len is None:
+        return min(context, DEFAULT_MAX_LEN)
+    if isinstance(max_len, bool) or not 2 <= max_len <= context:
+        raise MimoError(
+            f"max_len={max_len!r} is not allowed: it must be 2 to {context}, the model's context."
+        )
+    return max_len
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, unless the user has set that up already."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "mimo_jax" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.warning("Compiled programs are not kept: %s cannot be made (%s).", folder, error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # What was compiled before may have made JAX decide that there is no cache.
+    compilation_cache.reset_cache()
