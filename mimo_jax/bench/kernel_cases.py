@@ -13,6 +13,7 @@ ONE = Launch(fused=True, own_list=True, own_sum=True)
 LAUNCHES: dict[str, Launch] = {
     "two": Launch(),
     "two-used": Launch(release="used"),
+    "two-list": Launch(own_list=True),
     "two-late": Launch(release="late"),
     "two-none": Launch(release="none"),
     "two-loose": Launch(arm_together=False),
@@ -78,7 +79,7 @@ def times(names, shapes) -> list[Job]:
                 jobs.append({"job": "time", "shape": shape, **job, "launch": name})
 
     add("pro-tp8", LAUNCHES, t=8, active=59)
-    add("pro-tp8", (*SOUND, "one", "one-list"), t=1)
+    add("pro-tp8", (*SOUND, "two-list", "one", "one-list"), t=1)
     for t in (2, 4, 16):
         add("pro-tp8", BEST, t=t)
     add("pro-tp8", BEST[:2], t=8, zipf=1.0)

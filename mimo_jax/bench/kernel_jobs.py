@@ -143,10 +143,12 @@ def check(rng, job: Job):
         first = np.asarray(run(x, packed, ids, shares))
         firsts.append(first)
         moved = [
-            int((first != run(x, packed, ids, shares)).sum()) for _ in range(job.get("runs", _RUNS))
+            int((first != np.asarray(run(x, packed, ids, shares))).sum()) for _ in range(_RUNS)
         ]
         own = sum(
-            np.array_equal(run(block, packed, block_ids, block_shares)[slot], first[row])
+            np.array_equal(
+                np.asarray(run(block, packed, block_ids, block_shares))[slot], first[row]
+            )
             for block, block_ids, block_shares, slot, row in others
         )
         yield {

@@ -32,7 +32,8 @@ class Launch:
 
     Attributes:
       fused: both passes in one launch, for at most 16 tokens; all `ctas` must be resident at once.
-      own_list: each block lists the slots itself, from the ids; fused, and at most 128 choices.
+      own_list: each block lists the slots itself, from the ids; for at most 16 tokens and 128
+        choices.
       own_sum: the kernel also adds up a token's experts, after a second barrier; fused.
       release: how a stage is given back to the copy engine, see `lanes.Lanes.free`; "late" waits
         for the next stage instead.
@@ -54,8 +55,8 @@ class Launch:
     time_line: bool = False
 
     def __post_init__(self):
-        if (self.own_list or self.own_sum or self.time_line) and not self.fused:
-            raise ValueError(f"own_list, own_sum and time_line need fused=True: {self}.")
+        if (self.own_sum or self.time_line) and not (self.fused and self.own_list):
+            raise ValueError(f"own_sum and time_line need fused=True and own_list=True: {self}.")
 
 
 @typing.runtime_checkable

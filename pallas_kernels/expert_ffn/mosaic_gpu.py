@@ -53,7 +53,7 @@ def run_slots(x, weights: KernelWeights, slots: Slots, *, launch=None, interpret
       x: tokens, bfloat16.
       weights: in the kernel's order.
       slots: from `make_slots`.
-      launch: a `Launch`, without own_list, own_sum and time_line.
+      launch: a `Launch`; own_list, own_sum and time_line are for `run_ids`.
       interpret: Pallas' interpreter parameters, to run on a CPU.
       hooks: makes the `Hooks` of a matrix from its plan and whether its rows are gate and up.
     """
@@ -79,14 +79,16 @@ def _types(x, weights, c):
 def _separate(x, weights, inputs, c, launch, interpret, hooks):
     """Two launches."""
     make, grid = _hooks(hooks, launch, interpret, x.shape[0], c, weights)
+    slots = most_slots(x.shape[0], c, grid.experts)
+    listed = _list_bytes(slots, x.shape[0]) if launch.own_list else 0
     types, out = _types(x, weights, c), {}
     passes = zip(_passes(weights, x.shape[0], launch, make), types, strict=True)
     for (work, name), words in zip(passes, (weights.gate_up, weights.down), strict=True):
-        stages = launch.stages or default_stages(work.plan, stay=work.stay)
+        stages = launch.stages or default_stages(work.plan, stay=work.stay, own_list=listed)
         block = Block((work,), grid, launch, stages)
         source = dict(seen=out["hidden"]) if out else dict(x=x)
         title = "expert_down" if out else "expert_gate_up"
-        out |= block.call(title, inputs | source, [words], {name: types[name]}, 0, interpret)
+        out |= block.call(title, inputs | source, [words], {name: types[name]}, slots, interpret)
     return out
 
 
@@ -160,9 +162,10 @@ def _hooks(hooks, launch, interpret, t, c, weights):
 
 @functools.partial(jax.jit, static_argnames=("launch", "interpret", "hooks"))
 def run_ids(x, weights, expert_ids, routing, *, launch, interpret=None, hooks=None):
-    """Both passes in one launch that makes its own list; outputs by name, see `Launch`."""
+    """Both passes in launches that make their own list; outputs by name, see `Launch`."""
     inputs = dict(ids=expert_ids, routing=routing.astype(jnp.float32))
-    return _fused(x, weights, inputs, expert_ids.shape[1], launch, interpret, hooks)
+    run = _fused if launch.fused else _separate
+    return run(x, weights, inputs, expert_ids.shape[1], launch, interpret, hooks)
 
 
 def expert_ffn_mosaic(

@@ -61,6 +61,7 @@ def tokens(rng, t):
                 (4, EXPERTS, TWO),
                 (4, EXPERTS, dataclasses.replace(ONE, own_sum=False)),
                 (10, 2, dataclasses.replace(TWO, fused=True)),
+                (10, 2, dataclasses.replace(TWO, own_list=True)),
                 (4, EXPERTS, dataclasses.replace(ONE, release="late", ahead=False)),
             )
         ),
@@ -167,7 +168,7 @@ def test_blocks_that_wait_for_each_other_need_an_sm_each(monkeypatch):
 
 def test_what_needs_one_launch_is_refused_for_two():
     with pytest.raises(ValueError, match="need fused=True"):
-        mosaic_gpu.Launch(own_list=True)
+        mosaic_gpu.Launch(own_list=True, own_sum=True)
 
 
 class LosesAUnit(interpreted.Interpreted):
