@@ -85,6 +85,7 @@ def times(names, shapes) -> list[Job]:
     add("pro-tp8", BEST[:2], t=8, zipf=1.0)
     add("pro-tp8", BEST[:2], t=8, active=59, hooks="stream")
     add("pro-tp8", BEST[1:2], t=1, hooks="stream")
+    add("pro-tp8", BEST[:1], t=8, active=59, hooks="folded")
     add("pro", (*SOUND, "two-3"), t=8, active=59)
     add("pro", BEST[:2], t=1)
     add("flash-tp8", BEST[:2], t=8)

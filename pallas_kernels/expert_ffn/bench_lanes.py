@@ -8,9 +8,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.expert_ffn.lanes import Lanes, carrier, zeros
 
 
-def folded(plan, swiglu):
+def folded(plan, swiglu, **options):
     """Scales multiplied into the weights instead of the sums."""
-    return Lanes(plan, swiglu, fold=True)
+    return Lanes(plan, swiglu, fold=True, **options)
 
 
 @dataclasses.dataclass(frozen=True)
