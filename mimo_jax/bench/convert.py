@@ -61,6 +61,7 @@ def main(options: argparse.Namespace) -> int:
             for verify in (True, False):
                 run = measure(source, Path(folder) / "new", size, options.devices, verify)
                 runs.append({"layers": layers, "source_bytes": size} | run)
+                print(*_row(runs[-1]), file=sys.stderr, flush=True)
             shutil.rmtree(source)
     if not options.json:
         columns = ("source", "verified", "peak", "limit", "MB/s", "disk: write", "read", "share")
@@ -217,12 +218,13 @@ def _pools() -> dict[str, Callable[[Declared, str], np.ndarray]]:
 
     def take(pool: np.ndarray, tensor: Declared, name: str) -> np.ndarray:
         flat = pool.view(np.uint8)
-        start = hash_of(name) % (flat.size // 4096) * 4096
-        wanted = np.roll(flat, -start) if tensor.nbytes <= flat.size else flat
-        return np.resize(wanted, tensor.nbytes)
+        if tensor.nbytes > flat.size:
+            return np.resize(flat, tensor.nbytes)
+        start = hash_of(name) % (flat.size - tensor.nbytes + 1) // 64 * 64
+        return flat[start : start + tensor.nbytes]
 
     def fp8(tensor: Declared, name: str) -> np.ndarray:
-        matrix = take(codes, tensor, name).reshape(tensor.shape)
+        matrix = take(codes, tensor, name).reshape(tensor.shape).copy()
         # Each tile reaches the largest code, wherever tiles begin: by this a reader knows its rows.
         matrix[::64, ::64] = LARGEST_CODE
         return matrix

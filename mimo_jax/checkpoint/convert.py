@@ -57,7 +57,7 @@ CARRIED = (
     "generation_config.json",
 )
 EXPERTS, LINEAR = ("auto", "mxfp4", "bfloat16"), ("auto", "bfloat16")
-PIECE_BYTES = 1 << 26
+PIECE_BYTES = 1 << 23
 """What a thread makes of an array at a time."""
 
 TILE = 128

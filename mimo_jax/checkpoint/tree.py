@@ -17,6 +17,12 @@ from mimo_jax.checkpoint.flat import nest
 CHUNK_BYTES = 1 << 27
 """The most that a chunk holds: what writing or reading it needs of memory besides the array."""
 
+PIECE_BYTES = 1 << 24
+"""What is read back and compared at a time."""
+
+FILE_BYTES = 1 << 28
+"""Of a file of chunks, about. A file is kept in memory until it is full."""
+
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 """What Orbax calls a tree that is not complete."""
 
@@ -43,7 +49,12 @@ def write_tree(
         for name in arrays
     }
     with _silence(), ocp.PyTreeCheckpointer(use_compression=compress) as checkpointer:
-        checkpointer.save(folder.absolute(), nest(arrays), save_args=nest(options))
+        checkpointer.save(
+            folder.absolute(),
+            ocp.args.PyTreeSave(
+                nest(arrays), save_args=nest(options), ocdbt_target_data_file_size=FILE_BYTES
+            ),
+        )
     # Orbax writes the folder's absolute path into it; that it is there is all that counts.
     marker = folder / "commit_success.txt"
     if marker.exists():
@@ -83,8 +94,8 @@ def differing(folder: Path, arrays: dict[str, jax.Array]) -> Iterator[tuple[str,
 
 
 def _pieces(array: np.ndarray, chunk: tuple[int, ...]) -> list[slice]:
-    """Slices of the first dimension, of whole chunks and about CHUNK_BYTES."""
-    step = max(1, CHUNK_BYTES // max(array[:1].nbytes * chunk[0], 1)) * chunk[0]
+    """Slices of the first dimension, of whole chunks and about PIECE_BYTES."""
+    step = max(1, PIECE_BYTES // max(array[:1].nbytes * chunk[0], 1)) * chunk[0]
     return [slice(at, min(at + step, len(array))) for at in range(0, len(array), step)]
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors import safe_open
 from xiaomi_writer import RELEASES, Writer
 
+from mimo_jax.bench.convert import measure, synthetic_config, write_source
 from mimo_jax.checkpoint import convert as module
 from mimo_jax.checkpoint import released, store
 from mimo_jax.checkpoint.convert import Choices, convert
@@ -329,6 +330,22 @@ def test_the_command(tmp_path, sources, capsys):
     answer = json.loads(out)
     assert answer["verified"] and answer["arrays"] == len(arrays_of(tmp_path / "new"))
     assert "Converting" in err and "of other modalities are not read" in err
+
+
+@slow
+def test_memory_is_that_of_the_largest_group(tmp_path):
+    """Whatever the depth: three of them, in processes of their own. Speed is for the benchmark."""
+    peaks, limits = [], []
+    for layers in (2, 4, 8):
+        config = synthetic_config(layers, hidden=1024, experts=64)
+        size = write_source(tmp_path / "source", config)
+        run = measure(tmp_path / "source", tmp_path / "new", size, devices=1, verify=True)
+        peaks.append(run["peak_bytes"])
+        limits.append(run["peak_limit_bytes"])
+        assert run["largest_group_bytes"] < size / 3 or layers == 2
+        shutil.rmtree(tmp_path / "source")
+    assert len(set(limits)) == 1 and max(peaks) < limits[0]
+    assert max(peaks) - min(peaks) < 150e6, f"peaks {peaks} grow with the depth"
 
 
 @slow
