@@ -13,7 +13,7 @@ from flax import nnx
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.manifest import write_atomically
-from mimo_jax.decode.program import make_plan
+from mimo_jax.decode.program import Plan, make_plan
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import make_mesh
@@ -271,8 +271,7 @@ def _answers(
         hottest=section.hottest,
         seed=config.data.seed,
     )
-    # The loop that decoding runs, on the same devices.
-    plan = make_plan(start.config, None, placing.mesh, packed=False, dtype=dtype)
+    plan = _decoding_plan(start, placing, dtype)
     params = load_target(start, plan.params[0], plan.param_shardings[0])
     own = prepare_answers(out / DATA, plan, params, tokens, how, tokenizer.end_of_text_id, _say)
     for leaf in jax.tree.leaves(params):
@@ -283,6 +282,24 @@ def _answers(
     batch = max(unit, tokens_a_batch // section.own_length // unit * unit)
     kinds.append((own.rows(section.own_length), batch))
     return kinds
+
+
+def _decoding_plan(start: Start, placing: Placing, dtype: Any) -> Plan:
+    """Of the loop that decoding runs, on as many of the devices as can share the heads."""
+    devices = list(placing.mesh.devices.flat)
+    for count in range(len(devices), 0, -1):
+        try:
+            plan = make_plan(
+                start.config, None, make_mesh(devices[:count]), packed=False, dtype=dtype
+            )
+        except MimoError:
+            if count == 1:
+                raise
+        else:
+            break
+    if count < len(devices):
+        _say(f"Answers are generated on {count} of {len(devices)} devices, as heads are shared.")
+    return plan
 
 
 def _heldout(config: TrainConfig, start: Start, out: Path) -> Rows | None:
