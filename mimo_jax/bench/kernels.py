@@ -22,6 +22,7 @@ from mimo_jax.errors import MimoError
 from pallas_kernels.expert_ffn import kernel_absence
 from pallas_kernels.expert_ffn.shapes import SHAPES
 
+_START_S = 60.0
 _KINDS = {
     "check": "checks",
     "time": "times",
@@ -94,18 +95,26 @@ def _command(jobs, first, path, seed) -> list[str]:
 
 
 def _wait(process: subprocess.Popen, path: Path, limit_s: float) -> bool:
-    """Waits for the end of a process, or kills it when the file has not grown for too long."""
-    size, since, shown = -1, time.monotonic(), len(_lines(path))
+    """Waits for the end of a process; True if the file has not grown for too long before that.
+
+    Until its first line it has longer: JAX and the GPU must start.
+    """
+    size, since, shown = _size(path), time.monotonic(), len(_lines(path))
+    patience = limit_s + _START_S
     while process.poll() is None:
         time.sleep(0.2)
-        now = path.stat().st_size if path.exists() else 0
+        now = _size(path)
         if now != size:
-            size, since = now, time.monotonic()
+            size, since, patience = now, time.monotonic(), limit_s
             shown = _show(path, shown)
-        elif time.monotonic() - since > limit_s:
+        elif time.monotonic() - since > patience:
             return True
     _show(path, shown)
     return False
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _say(path: Path, **fields) -> None:
