@@ -21,6 +21,9 @@ from mimo_jax.decode.state import State
 from mimo_jax.errors import MimoError
 from mimo_jax.text.tokenizer import Detokenizer, Tokenizer
 
+DRAFTERS = {"dflash": "drafter", "mtp": "mtp"}
+"""Kinds of drafter, and the parts of a checkpoint that have their parameters."""
+
 Prompt = str | Sequence[int]
 """Text, or token ids."""
 

@@ -16,7 +16,7 @@ from mimo_jax.checkpoint import released, store, zlab
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS
 from mimo_jax.decode.program import Plan, Settings, make_plan
-from mimo_jax.engine import Engine
+from mimo_jax.engine import DRAFTERS, Engine
 from mimo_jax.errors import MimoError
 from mimo_jax.planning.memory import check_memory
 from mimo_jax.sharding import RULES, AnyMesh, make_mesh
@@ -24,9 +24,6 @@ from mimo_jax.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_LEN = 4096
 """Cache length where the model's context is longer and none is asked for."""
-
-DRAFTERS = {"dflash": "drafter", "mtp": "mtp"}
-"""Kinds of drafter, and the parts of a checkpoint that have their parameters."""
 
 Opened = store.Checkpoint | released.Released
 
