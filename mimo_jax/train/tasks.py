@@ -276,10 +276,8 @@ def _answers(
     own = prepare_answers(out / DATA, plan, params, tokens, how, tokenizer.end_of_text_id, _say)
     for leaf in jax.tree.leaves(params):
         leaf.delete()
-    # Batches of both kinds have about as many tokens.
-    unit = placing.devices * config.run.accumulate
-    tokens_a_batch = config.run.batch * config.data.length
-    batch = max(unit, tokens_a_batch // section.own_length // unit * unit)
+    # As many tokens as in a batch of data, about; the devices can share them too, however many.
+    batch = config.run.batch * max(1, config.data.length // section.own_length)
     kinds.append((own.rows(section.own_length), batch))
     return kinds
 

@@ -15,7 +15,7 @@ from mimo_jax.train.metrics import read_metrics
 from mimo_jax.train.steps import Steps
 from mimo_jax.train.tasks import train
 
-BOTH = {"answers": "both", "own_rows": 6, "own_length": 20, "own_batch": 4, "greedy": 0.5}
+BOTH = {"answers": "both", "own_rows": 14, "own_length": 20, "own_batch": 4, "greedy": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,6 @@ def test_answers_are_generated_by_as_many_devices_as_can_share_the_heads(target,
     config = drafter_config(target, tmp_path, run={"devices": 8}, drafter=BOTH)
     make_task(config, "drafter")
     words = capsys.readouterr().err
-    assert "8 of the target's own answers" in words and "4 of 8 devices" in words
+    assert "16 of the target's own answers" in words and "4 of 8 devices" in words
     ids = np.load(tmp_path / "data/own.npy").reshape(-1, 20)
-    assert ids.shape == (8, 20) and len({tuple(row) for row in ids.tolist()}) > 4
+    assert ids.shape == (16, 20) and len({tuple(row) for row in ids.tolist()}) > 4
