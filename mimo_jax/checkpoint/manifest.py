@@ -24,6 +24,9 @@ SMALL = 1 << 20
 """Bytes up to which a file below params is hashed as a whole. Others hold arrays, which have hashes
 of their own; hashing them twice would take twice as long."""
 
+TAIL = 1 << 16
+"""Bytes hashed at the end of each of the others, where Orbax's own records are, read or not."""
+
 FLOATS = ("float32", "bfloat16")
 _ML_DTYPES = {t.name: t for t in map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn))}
 CODES = (np.dtype(np.uint8), _ML_DTYPES["float8_e4m3fn"])
@@ -87,7 +90,7 @@ class Manifest:
       arrays: by dotted name, "target.layers.0.attention.qkv".
       files: hashes of config.json and the other small files, by name.
       notes: free remarks of who saved it: recipe, figures.
-      blobs: for each file below params, by path: its size, and its hash, empty if it is not small.
+      blobs: for each file below params, by path: its size, and the hash of it or of its end.
         Checkpoints of earlier versions lack it.
       grouped: whether each group of arrays has an Orbax tree of its own.
     """
@@ -182,7 +185,7 @@ class Manifest:
                     f"{path} has {found} bytes, but the manifest says {size}: it was not written, "
                     f"or not fetched, to its end. {AGAIN}"
                 )
-            if expected and hash_bytes(path.read_bytes()) != expected:
+            if expected != hash_end(path):
                 raise MimoError(
                     f"{path} was changed after the checkpoint was saved: its hash is not the "
                     f"manifest's. {AGAIN}"
@@ -199,13 +202,19 @@ def group_of(name: str) -> str:
 
 
 def describe_blobs(params: Path) -> dict[str, tuple[int, str]]:
-    """Sizes of all files in a folder, by path, and hashes of the small ones."""
-    blobs = {}
-    for path in sorted(p for p in params.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        small = hash_bytes(path.read_bytes()) if size <= SMALL else ""
-        blobs[path.relative_to(params).as_posix()] = (size, small)
-    return blobs
+    """Sizes of all files in a folder, by path, and hashes of them or of their ends."""
+    files = sorted(path for path in params.rglob("*") if path.is_file())
+    return {
+        path.relative_to(params).as_posix(): (path.stat().st_size, hash_end(path)) for path in files
+    }
+
+
+def hash_end(path: Path) -> str:
+    """BLAKE2b of a file of at most SMALL bytes, or of the last TAIL bytes of a larger one."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0 if size <= SMALL else size - TAIL)
+        return hash_bytes(file.read())
 
 
 def numpy_dtype(name: str) -> np.dtype:
