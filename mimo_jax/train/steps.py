@@ -119,6 +119,7 @@ class Steps:
             with _silence(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 found = reader.restore(self._path(step), args=arguments)
         except Exception as error:  # Whatever TensorStore and Orbax raise for a damaged folder.
+            _hush_callbacks()
             raise MimoError(
                 f"{self._path(step)} cannot be read as a state of this run ({_first_line(error)}). "
                 "If it is damaged, remove it: the one before it is used then."
@@ -209,16 +210,19 @@ def _reason(error: Exception) -> str:
 
 
 def _hush_callbacks() -> None:
-    """Keeps callbacks of a write that failed from printing tracebacks when they come too late.
+    """Keeps callbacks of what failed from printing tracebacks when they come too late.
 
     TensorStore's threads call back into an event loop that Orbax has closed by then.
     """
     before = sys.unraisablehook
+    if getattr(before, "hushed", False):
+        return
 
     def hook(what: Any) -> None:
         if str(what.exc_value) != "Event loop is closed":
             before(what)
 
+    hook.hushed = True
     sys.unraisablehook = hook
 
 

@@ -51,6 +51,18 @@ def build(rng):
     return target, drafter, config, jnp.asarray(tokens)
 
 
+def jitted_hidden(drafter, target):
+    """draft_hidden(features, tokens, anchors), compiled as a whole: that is faster by far."""
+    embedding = target.embedding[...]
+    return jax.jit(lambda f, t, a: draft_hidden(drafter, embedding, f, t, a, BLOCK))
+
+
+def drawn(rng, trained, *arguments, **keywords):
+    return jax.jit(lambda key, x: draw_anchors(key, x, *arguments, **keywords))(
+        key_of(rng), jnp.asarray(trained)
+    )
+
+
 def key_of(rng):
     return jax.random.key(int(rng.integers(1 << 30)))
 
@@ -61,9 +73,10 @@ def test_blocks_are_those_of_decoding(rng):
     size = len(config.target_layer_ids) * config.hidden_size
     features = jnp.asarray(rng.standard_normal((BATCH, LENGTH, size)), jnp.float32)
     anchors = jnp.asarray(rng.integers(1, LENGTH - BLOCK, (BATCH, 5)), jnp.int32)
-    trained = draft_hidden(drafter, embedding, features, tokens, anchors, BLOCK)
-    for column in range(anchors.shape[1]):
-        start = anchors[:, column]
+    trained = jitted_hidden(drafter, target)(features, tokens, anchors)
+
+    @jax.jit
+    def decode(start):
         live = jnp.arange(LENGTH) < start[:, None]
         caches = tuple(
             init_cache(
@@ -74,7 +87,10 @@ def test_blocks_are_those_of_decoding(rng):
         zero = jnp.zeros(BATCH, jnp.int32)
         caches = drafter.ingest(features, zero, live, caches, Parallel())
         first = embedding[jnp.take_along_axis(tokens, start[:, None], axis=1)[:, 0]]
-        decoded = drafter(drafter.block(first, BLOCK), start, caches, caches[0].positions(start))
+        return drafter(drafter.block(first, BLOCK), start, caches, caches[0].positions(start))
+
+    for column in range(anchors.shape[1]):
+        decoded = decode(anchors[:, column])
         assert relative_norm(trained[:, column], decoded) < 1e-5
 
 
@@ -84,7 +100,11 @@ def test_an_anchor_sees_nothing_from_itself_on_but_its_token_and_masks(rng):
     size = len(config.target_layer_ids) * config.hidden_size
     features = rng.standard_normal((BATCH, LENGTH, size)).astype(np.float32)
     anchors = jnp.asarray(rng.integers(2, LENGTH - BLOCK, (BATCH, 1)), jnp.int32)
-    run = jax.jit(lambda f, t: draft_hidden(drafter, target.embedding[...], f, t, anchors, BLOCK))
+    hidden_of = jitted_hidden(drafter, target)
+
+    def run(features, tokens):
+        return hidden_of(features, tokens, anchors)
+
     before = np.asarray(run(jnp.asarray(features), tokens))
     place, column = np.arange(LENGTH), np.asarray(anchors)
     hidden = place >= column
@@ -104,24 +124,25 @@ def test_anchors_are_drawn_evenly_from_the_places_allowed(rng):
     """Every place allowed is drawn, and no other; a row without one says so."""
     trained = np.zeros((3, 31), bool)
     trained[0], trained[1, [0, 4, 9, 10, 30]] = True, True
-    places, any_ = draw_anchors(key_of(rng), jnp.asarray(trained), 4000, BLOCK)
+    places, any_ = drawn(rng, trained, 4000, BLOCK)
     assert any_[:, 0].tolist() == [True, True, False]
     places = np.asarray(places)
     # A place's count is binomial: 4000 draws of 27 places leave none out but by odds of e^-148.
     assert sorted(set(places[0].tolist())) == list(range(1, 31 - BLOCK + 1))
     assert np.bincount(places[0])[1:].max() < 3 * 4000 / 27
     assert sorted(set(places[1].tolist())) == [3, 8, 9]
-    late, _ = draw_anchors(key_of(rng), jnp.asarray(trained), 50, BLOCK, start=20)
+    late, _ = drawn(rng, trained, 50, BLOCK, start=20)
     assert late[0].min() >= 20 and late[0].max() <= 31 - BLOCK
 
 
 def test_far_anchors_lie_beyond_four_windows(rng):
     recipe = dataclasses.replace(PLAIN, anchors=256, far=0.25)
     trained = jnp.ones((2, 64), bool)
-    places, counted = place_anchors(key_of(rng), trained, recipe, BLOCK, window=9)
+    place = jax.jit(lambda key, w: place_anchors(key, trained, recipe, BLOCK, w), static_argnums=1)
+    places, counted = place(key_of(rng), 9)
     assert places.shape == counted.shape == (2, 16) and counted.all()
     assert (places[:, 12:] >= 36).all() and places[:, :12].min() < 36
-    near, _ = place_anchors(key_of(rng), trained, recipe, BLOCK, window=16)
+    near, _ = place(key_of(rng), 16)
     assert near.shape == (2, 16)  # Rows end before four windows: all are drawn from everywhere.
 
 
@@ -164,7 +185,12 @@ def test_losses_against_numpy_and_finite_differences(loss, rng):
     recipe = dataclasses.replace(PLAIN, loss=loss, ce_share=0.3, chunk=3)
     hidden, before = (jnp.asarray(rng.standard_normal((2, 7, 5)), jnp.float32) for _ in range(2))
     head = jnp.asarray(rng.standard_normal((11, 5)), jnp.float32)
-    found = compare(hidden, before, head, recipe)
+
+    def value(x):
+        found = compare(x, before, head, recipe)
+        return found["loss"].sum(), found
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(hidden)
     rows, others = (
         np.asarray(x, np.float64) @ np.asarray(head, np.float64).T for x in (hidden, before)
     )
@@ -174,7 +200,6 @@ def test_losses_against_numpy_and_finite_differences(loss, rng):
         assert abs(float(found["loss"][place]) - value) < 1e-4
         assert int(found["chosen"][place]) == others[place].argmax()
         assert bool(found["right"][place]) == (rows[place].argmax() == others[place].argmax())
-    gradient = jax.grad(lambda x: compare(x, before, head, recipe)["loss"].sum())(hidden)
     way = rng.standard_normal(hidden.shape)
     slope = [
         sum(
@@ -193,24 +218,31 @@ def test_losses_against_numpy_and_finite_differences(loss, rng):
     assert abs((np.asarray(gradient) * way).sum() - difference) < 1e-3 * (1 + abs(difference))
 
 
-@pytest.mark.parametrize("weighting", ["decay", "dpace"])
+@pytest.mark.parametrize("weighting", [pytest.param("decay", marks=pytest.mark.slow), "dpace"])
 def test_loss_and_run_against_loops(weighting, rng):
     target, drafter, config, tokens = build(rng)
     recipe = dataclasses.replace(PLAIN, weighting=weighting)
     trained = rng.random((BATCH, LENGTH)) < 0.8
-    anchors, _ = draw_anchors(key_of(rng), jnp.asarray(trained), 6, BLOCK)
+    anchors, _ = drawn(rng, trained, 6, BLOCK)
     assert int(anchors.min()) >= 1 and int(anchors.max()) + BLOCK <= LENGTH
     counted = rng.random(anchors.shape) < 0.9
     batch = {"tokens": tokens, "trained": jnp.asarray(trained)}
     places = anchors, jnp.asarray(counted)
-    sums, measured = draft_loss(drafter, target, batch, places, config, recipe)
 
-    # The loss's own capacity: few enough tokens may find an expert full (test_experts.py has that).
-    h, outputs, _ = run_sequences(target, tokens, factor=recipe.capacity)
-    features = jnp.concatenate([outputs[layer] for layer in config.target_layer_ids], axis=-1)
+    @jax.jit
+    def compute(batch, places):
+        # The loss's own capacity: few enough tokens may find an expert full (test_experts.py).
+        h, outputs, _ = run_sequences(target, batch["tokens"], factor=recipe.capacity)
+        features = jnp.concatenate([outputs[layer] for layer in config.target_layer_ids], axis=-1)
+        hidden = draft_hidden(
+            drafter, target.embedding[...], features, batch["tokens"], places[0], BLOCK
+        )
+        sums = draft_loss(drafter, target, batch, places, config, recipe)
+        return *sums, target.norm(h), hidden
+
+    sums, measured, normed, hidden = compute(batch, places)
     head = np.asarray(target.head[...], np.float64)
-    choices = np.argmax(np.asarray(target.norm(h), np.float64) @ head.T, axis=-1)
-    hidden = draft_hidden(drafter, target.embedding[...], features, tokens, anchors, BLOCK)
+    choices = np.argmax(np.asarray(normed, np.float64) @ head.T, axis=-1)
     logits = np.asarray(hidden, np.float64) @ head.T
     total = norm = runs = 0.0
     for b, a in zip(*np.nonzero(counted), strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ from tiny_run import SHAPE, make_config, make_task, write_data
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.flat import flatten, unflatten
+from mimo_jax.config import ModelConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import make_mesh
 from mimo_jax.train.config import OptimizerSection, ScheduleSection
-from mimo_jax.train.export import stored_target
+from mimo_jax.train.export import save_target, stored_target, target_arrays
 from mimo_jax.train.optimizer import make_optimizer, make_schedule
 from mimo_jax.train.pretrain import (
     Recipe,
@@ -92,7 +94,8 @@ def test_biases_move_towards_balance_and_get_no_gradient(trained):
 def test_only_experts_are_quantized(rng):
     config = tiny_model(rng, 1, hidden_size=64, moe_intermediate_size=32)
     _, params = nnx.split(MiMo(config, nnx.Rngs(0), dtype=jnp.float32, packed=False))
-    plain, aware = (compute_params(params, rule) for rule in (None, "floor"))
+    compute = jax.jit(compute_params, static_argnums=1)
+    plain, aware = (compute(params, rule) for rule in (None, "floor"))
     paths, _ = jax.tree_util.tree_flatten_with_path(params)
     changed = 0
     for (path, _), a, b in zip(paths, jax.tree.leaves(plain), jax.tree.leaves(aware), strict=True):
@@ -108,8 +111,10 @@ def test_a_packed_checkpoint_is_what_the_last_step_computed_with(dtype, tmp_path
     data = write_data(tmp_path / "data", rng)
     shape = SHAPE | {"num_hidden_layers": 1, "hybrid_layer_pattern": [1], "moe_layer_freq": [1]}
     section = {"steps": 2, "save_every": 1, "dtype": dtype}
-    first = make_config(data, tmp_path / "first", run=section, model={"shape": shape})
-    begun = train("target", first).checkpoint
+    shapes = ModelConfig.from_dict(shape | {"vocab_size": 300})
+    arrays = target_arrays(jax.jit(lambda: init_params(shapes, 3))(), None, jnp.dtype(dtype))
+    vocabulary = Path(data["tokenizer"])
+    begun = save_target(tmp_path / "first", shapes, arrays, vocabulary, {})
     config = make_config(data, tmp_path / "qat", run=section)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, shape={}, start=str(begun))
@@ -148,13 +153,18 @@ def test_losses_in_chunks_are_the_losses(trained, rng):
     labels = np.asarray(tokens)[:, 1:, None]
     nats = np.log(np.exp(rows - top).sum(-1)) + top[..., 0]
     nats -= np.take_along_axis(rows, labels, -1)[..., 0]
-    whole = jax.grad(lambda h: token_losses(model, h, tokens)[0].sum())(h)
-    for chunk in (0, 7, 36):
+
+    def compute(h, chunk):
         losses, right = token_losses(model, h, tokens, chunk)
+        return losses.sum(), (losses, right)
+
+    compute = jax.jit(jax.value_and_grad(compute, has_aux=True), static_argnums=1)
+    _, whole = compute(h, 0)
+    for chunk in (0, 7, 36):
+        (_, (losses, right)), pieces = compute(h, chunk)
+        assert relative_norm(pieces, whole) < 1e-5
         assert relative_norm(losses, nats) < 1e-5
         assert np.array_equal(right, rows.argmax(-1) == labels[..., 0])
-    pieces = jax.grad(lambda h: token_losses(model, h, tokens, 7)[0].sum())(h)
-    assert relative_norm(pieces, whole) < 1e-5
 
 
 def test_chunks_and_parts_are_put_together(rng):
