@@ -137,7 +137,8 @@ class Console:
         self._begun = now if self._begun is None else self._begun
         self._seen.append((now, step))
         speed: dict[str, float] = {}
-        if len(self._seen) > 1:
+        # The first steps after a start are read together, once the program is compiled.
+        if len(self._seen) > 2:
             (since, first), (until, last) = self._seen[0], self._seen[-1]
             second = (until - since) / (last - first)
             speed = {"step_s": second, "tokens_per_second": tokens / second}

@@ -339,6 +339,7 @@ def _target_evaluation(config, start, out, placing, graph, dtype, rule) -> Calla
         if error is not None:
             errors = jax.device_get(error(state.params))
             record["qat_error"] = {name: float(value) for name, value in errors.items()}
+            record["qat_error_mean"] = float(np.mean(list(record["qat_error"].values())))
         return record
 
     return measure
