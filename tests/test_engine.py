@@ -444,7 +444,7 @@ def test_a_closed_engine(checkpoint):  # noqa: F811
         ({"devices": 9}, "devices=9, but"),
         ({"devices": 0}, "devices=0"),
         ({"devices": 8}, "numbers that can"),
-        ({"experts": "fast"}, "experts='fast' .* 'auto', 'packed' or 'dequantized'"),
+        ({"experts": "fast"}, "experts='fast' .* 'packed', 'dequantized', 'mxfp4'"),
         ({"layout": "data"}, "layout='data'"),
         ({"dtype": "float16"}, "dtype='float16' .* float32 or bfloat16"),
         ({"max_len": 1}, "max_len=1 .* 2 to 176, the model's context"),
