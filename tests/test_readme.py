@@ -22,6 +22,8 @@ SKIPPED = {
     "pip install": "make demo does it",
     ".venv/bin/pip install": "make demo does it",
     "source .venv/bin/activate": "the tests' environment is used",
+    "mimo train": "tests/train/test_newcomer.py runs the same three commands, smaller",
+    "mimo eval": "likewise",
 }
 """Commands that are not run, by how they begin, each with the reason."""
 

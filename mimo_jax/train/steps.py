@@ -115,11 +115,11 @@ class Steps:
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, restore_args=how), position=ocp.args.JsonRestore()
         )
+        _hush_callbacks()
         try:
             with _silence(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 found = reader.restore(self._path(step), args=arguments)
         except Exception as error:  # Whatever TensorStore and Orbax raise for a damaged folder.
-            _hush_callbacks()
             raise MimoError(
                 f"{self._path(step)} cannot be read as a state of this run ({_first_line(error)}). "
                 "If it is damaged, remove it: the one before it is used then."
@@ -165,11 +165,11 @@ class Steps:
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
         """Turns a failure into the one error, after what was half written has gone."""
+        _hush_callbacks()
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise ValueError, OSError and others.
             step, self._pending = self._pending, None
-            _hush_callbacks()
             self.close()
             self.clean()
             newest = self.newest
