@@ -14,7 +14,7 @@ from flax import nnx
 from tiny_checkpoint import CONFIG, DRAFTER, random_params, write_tokenizer
 
 import mimo_jax
-from mimo_jax import engine as engine_module
+from mimo_jax import loading
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.flat import flatten
 from mimo_jax.commands.model import add_model_arguments, load_model
@@ -125,7 +125,7 @@ def test_true_takes_dflash_first_and_names_take_what_they_say(saved):
         (both, False, None),
         (alone, True, MTP_CONFIG),
     ):
-        assert engine_module._drafter(wanted, opened) == expected
+        assert loading._drafter(wanted, opened) == expected
     for path, wanted, words in (
         (saved[1], "dflash", "'dflash' is not allowed: .* has 'mtp'"),
         (saved[0], "eagle", "'eagle' is not allowed: .* has 'dflash' and 'mtp'"),
