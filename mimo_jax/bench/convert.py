@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,13 +135,10 @@ def measure(source: Path, new: Path, size: int, devices: int, verify: bool) -> d
     command = [sys.executable, "-m", "mimo_jax", "convert", str(source), str(new)]
     command += ["--json", "--devices", str(devices), *([] if verify else ["--no-verify"])]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        errors = process.stderr.read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    code, usage, peak, errors = _run(command)
     seconds = time.perf_counter() - start
-    if process.returncode:
-        raise MimoError(f"mimo convert ended with {process.returncode}: {errors.strip()[-500:]}")
+    if code:
+        raise MimoError(f"mimo convert ended with {code}: {errors.strip()[-500:]}")
     group = _largest_group(new)
     shutil.rmtree(new)
     together = 1 / (1 / disk["write"] + 1 / disk["read"])
@@ -149,7 +147,7 @@ def measure(source: Path, new: Path, size: int, devices: int, verify: bool) -> d
         "verify": verify,
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_bytes": usage.ru_maxrss * 1024,
+        "peak_bytes": peak,
         "largest_group_bytes": group,
         "peak_limit_bytes": 2 * group + (1 << 30),
         "bytes_per_second": size / seconds,
@@ -158,6 +156,35 @@ def measure(source: Path, new: Path, size: int, devices: int, verify: bool) -> d
         "share_of_disk": size / seconds / together,
         "load": os.getloadavg()[0],
     }
+
+
+def _run(command: list[str]) -> tuple[int, Any, int, str]:
+    """Exit code, resource usage, peak of resident bytes and stderr of a process."""
+    peak = 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            peak = max(peak, _high_water(process.pid))
+            time.sleep(0.01)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        return process.returncode, usage, peak, errors.read().decode()
+
+
+def _high_water(pid: int) -> int:
+    """Peak of a running process's resident bytes so far; of Linux.
+
+    Not usage.ru_maxrss: that begins with what the parent held when it forked.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _row(run: dict[str, Any]) -> tuple[Any, ...]:
