@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -36,7 +35,8 @@ from mimo_jax.checkpoint.manifest import (
     write_atomically,
 )
 from mimo_jax.checkpoint.released import Released, open_released
-from mimo_jax.checkpoint.store import CONFIG, DRAFTER, MTP, TOKENIZER, check_entries
+from mimo_jax.checkpoint.safetensors import DTYPES
+from mimo_jax.checkpoint.store import CONFIG, DRAFTER, MTP, TOKENIZER, check_entries, to_json
 from mimo_jax.checkpoint.tree import TEMPORARY, differing, settle, trim, write_tree
 from mimo_jax.checkpoint.xiaomi import FP8, MXFP4
 from mimo_jax.config import AnyDrafterConfig, MTPConfig, read_json
@@ -65,8 +65,6 @@ THREADS = min(8, os.cpu_count() or 1)
 ALIGNMENT = 64
 """JAX takes arrays as they are, and does not copy them, if they begin at multiples of this."""
 
-DTYPES = {FP8: ml_dtypes.float8_e4m3fn, MXFP4: np.uint8, "BF16": ml_dtypes.bfloat16}
-DTYPES |= {"F32": np.float32}
 
 Progress = Callable[[int], None]
 
@@ -205,12 +203,12 @@ class _Job:
             kind = self.choices.kind(name, stored)
             if base != name and base in table:
                 if kind == stored:
-                    planned[name] = _Planned(recipe.shape, np.dtype(DTYPES[recipe.dtype]))
+                    planned[name] = _Planned(recipe.shape, DTYPES[recipe.dtype])
                 continue
             *most, last = recipe.shape
             last *= 2 if stored == MXFP4 else 1
             width = last // 2 if kind == MXFP4 else last
-            planned[name] = _Planned((*most, width), np.dtype(DTYPES[kind]))
+            planned[name] = _Planned((*most, width), DTYPES[kind])
             if kind == MXFP4 and stored != MXFP4:
                 planned[name + SCALE] = _Planned((*most, last // BLOCK), np.dtype(np.uint8))
         return planned
@@ -318,11 +316,11 @@ class _Job:
             for name, entry in record["arrays"].items():
                 arrays[name] = ArrayEntry(tuple(entry["shape"]), entry["dtype"], entry["hash"])
             blobs |= {f"{group}/{path}": tuple(blob) for path, blob in record["blobs"].items()}
-        files = {CONFIG: _to_json(self.config.to_dict())}
+        files = {CONFIG: to_json(self.config.to_dict())}
         if self.released.drafter is not None:
-            files[DRAFTER] = _to_json(self.released.drafter.to_dict())
+            files[DRAFTER] = to_json(self.released.drafter.to_dict())
         if self.mtp is not None:
-            files[MTP] = _to_json(self.mtp.to_dict())
+            files[MTP] = to_json(self.mtp.to_dict())
         source = self.released.directory
         carried = (name for name in CARRIED if (source / name).is_file())
         files |= {name: (source / name).read_bytes() for name in carried}
@@ -473,7 +471,3 @@ def _pieces(planned: _Planned) -> list[tuple[int, int]]:
     if len(planned.shape) <= 2:
         step = -(-step // TILE) * TILE
     return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _to_json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

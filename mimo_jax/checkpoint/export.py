@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.export_config import FORMATS, target_fields, write_small_files
 from mimo_jax.checkpoint.manifest import write_atomically
-from mimo_jax.checkpoint.safetensors import INDEX
+from mimo_jax.checkpoint.safetensors import DTYPES, INDEX
 from mimo_jax.checkpoint.torch_file import write_mask_embedding
 from mimo_jax.checkpoint.xiaomi import (
-    BYTES,
     DRAFTER_FOLDER,
     FP8,
     MASK_EMBEDDING,
@@ -36,12 +34,6 @@ from mimo_jax.errors import MimoError
 SHARD_BYTES = 5 * 10**9
 """Bytes of a file, unless one tensor is larger."""
 
-NUMPY = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "U8": np.dtype(np.uint8),
-}
 NAMES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": FP8, "uint8": MXFP4}
 Arrays = dict[str, np.ndarray]
 
@@ -169,7 +161,7 @@ def _stored(
     checkpoint: store.Checkpoint, name: str, arrays: Arrays, wanted: dict[str, str]
 ) -> np.ndarray:
     """An array as the layout stores it: as it is, or decoded."""
-    value, dtype = arrays[name], NUMPY[wanted[name]]
+    value, dtype = arrays[name], DTYPES[wanted[name]]
     if name + store.SCALE in arrays and name + store.SCALE not in wanted:
         scales = arrays[name + store.SCALE]
         value = store.decode_weights(name, value, scales, dtype, checkpoint)
@@ -182,7 +174,7 @@ def _stored(
 
 def _assemble(name: str, declared: Declared, pieces: list[Piece], arrays: Arrays) -> np.ndarray:
     """A stored tensor out of its pieces."""
-    out = np.empty(declared.shape, NUMPY[declared.dtype])
+    out = np.empty(declared.shape, DTYPES[declared.dtype])
     written = np.zeros(declared.shape[0], bool)
     for piece in pieces:
         array = arrays[piece.parameter]
@@ -209,7 +201,7 @@ class _Shards:
 
     def __init__(self, directory: Path, limit: int, total: int, progress: Callable):
         self.directory, self.limit, self.total, self.progress = directory, limit, total, progress
-        self.done = 0
+        self.done = self.size = 0
         self.held: Arrays = {}
         self.shards: list[list[str]] = []
         self.drafter: Arrays = {}
@@ -218,16 +210,17 @@ class _Shards:
         if name.startswith(DRAFTER_FOLDER):
             self.drafter[name.removeprefix(DRAFTER_FOLDER)] = tensor
             return
-        if self.held and sum(t.nbytes for t in self.held.values()) + tensor.nbytes > self.limit:
+        if self.held and self.size + tensor.nbytes > self.limit:
             self.flush()
         self.held[name] = tensor
+        self.size += tensor.nbytes
 
     def flush(self) -> None:
         """Writes what is held to the next file."""
         if self.held:
             self.shards.append(list(self.held))
             self._save(self.directory / _part(len(self.shards)), self.held)
-            self.held = {}
+            self.held, self.size = {}, 0
 
     def finish(self) -> tuple[Path, ...]:
         """Names the files by their number, writes the drafter's file and the index."""
@@ -255,6 +248,3 @@ class _Shards:
 
 def _part(number: int) -> str:
     return f"model-{number:05d}.partial"
-
-
-assert NUMPY.keys() == BYTES.keys()

@@ -1,7 +1,6 @@
 """The small files of an exported checkpoint: configurations, tokenizer, end-of-sequence ids."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,4 +145,4 @@ def write_small_files(
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    path.write_bytes(store.to_json(fields))

@@ -154,12 +154,12 @@ def save(
     for name in entries:
         if name + SCALE in entries:
             _check_scales(name, arrays)
-    files = {CONFIG: _to_json(config.to_dict())}
+    files = {CONFIG: to_json(config.to_dict())}
     if drafter_config is not None:
-        files[DRAFTER] = _to_json(drafter_config.to_dict())
+        files[DRAFTER] = to_json(drafter_config.to_dict())
     if mtp_config is not None:
         mtp_config.check_target(config)
-        files[MTP] = _to_json(mtp_config.to_dict())
+        files[MTP] = to_json(mtp_config.to_dict())
     if tokenizer is not None:
         files[TOKENIZER] = Path(tokenizer).read_bytes()
     manifest = Manifest(entries, {k: hash_bytes(v) for k, v in files.items()}, notes or {})
@@ -416,5 +416,6 @@ def _sharding(placed: Any) -> NamedSharding:
     return placed.get_value() if isinstance(placed, nnx.Variable) else placed
 
 
-def _to_json(value: dict[str, Any]) -> bytes:
+def to_json(value: dict[str, Any]) -> bytes:
+    """A configuration as its file holds it."""
     return (json.dumps(value, indent=1) + "\n").encode()

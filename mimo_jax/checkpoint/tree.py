@@ -48,7 +48,7 @@ def write_tree(
         name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if name in apart else ())
         for name in arrays
     }
-    with _silence(), ocp.PyTreeCheckpointer(use_compression=compress) as checkpointer:
+    with silence(), ocp.PyTreeCheckpointer(use_compression=compress) as checkpointer:
         checkpointer.save(
             folder.absolute(),
             ocp.args.PyTreeSave(
@@ -128,8 +128,8 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Orbax keeps its remarks to itself."""
+def silence() -> Iterator[None]:
+    """Orbax keeps its log, tracebacks of failed writes included, to itself."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -5,7 +5,6 @@ leaves whole steps and, at most, a half one under a name that is never read.
 """
 
 import contextlib
-import logging
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 
+from mimo_jax.checkpoint.tree import silence
 from mimo_jax.errors import MimoError
 
 FOLDER = "steps"
@@ -69,7 +69,7 @@ class Steps:
             self._make_room(sum(leaf.nbytes for leaf in leaves.values()))
             if self._writer is None:
                 self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            with _silence():
+            with silence():
                 self._writer.save(self._path(step), args=arguments)
 
     def wait(self) -> None:
@@ -81,7 +81,7 @@ class Steps:
         if self._pending is None:
             return
         with self._reported():
-            with _silence():
+            with silence():
                 self._writer.wait_until_finished()
             self._remove(self.committed()[: -self.keep])
         self._pending = None
@@ -117,7 +117,7 @@ class Steps:
         )
         _hush_callbacks()
         try:
-            with _silence(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            with silence(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 found = reader.restore(self._path(step), args=arguments)
         except Exception as error:  # Whatever TensorStore and Orbax raise for a damaged folder.
             raise MimoError(
@@ -130,7 +130,7 @@ class Steps:
     def close(self) -> None:
         """Ends the writer's threads; what is being written is finished first."""
         if self._writer is not None:
-            with _silence(), contextlib.suppress(Exception):
+            with silence(), contextlib.suppress(Exception):
                 self._writer.close()
             self._writer = None
 
@@ -224,15 +224,3 @@ def _hush_callbacks() -> None:
 
     hook.hushed = True
     sys.unraisablehook = hook
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps Orbax's log, tracebacks of failed writes included, to itself."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
