@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from mimo_jax.checkpoint import released, store, zlab
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS
+from mimo_jax.decode.kernel_weights import kernel_plan, pack_params
 from mimo_jax.decode.program import Plan, Settings, make_plan
 from mimo_jax.engine import DRAFTERS, Engine
 from mimo_jax.errors import MimoError
 from mimo_jax.planning.memory import check_memory
 from mimo_jax.sharding import RULES, AnyMesh, make_mesh
 from mimo_jax.text.tokenizer import Tokenizer
+from pallas_kernels.expert_ffn import kernel_absence
 
 DEFAULT_MAX_LEN = 4096
 """Cache length where the model's context is longer and none is asked for."""
@@ -40,6 +42,7 @@ def load(
     experts: str = "auto",
     linear: str = "decoded",
     layout: str = "tensor",
+    kernel: bool = True,
     dtype: Any = None,
     progress: bool = True,
 ) -> Engine:
@@ -63,6 +66,8 @@ def load(
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
         memory.
       layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
+      kernel: on Hopper GPUs, run packed experts by the kernel that is written for them; False is
+        for comparing with the slow reference.
       dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
       progress: say on stderr what takes time.
 
@@ -101,6 +106,8 @@ def load(
     plan = check_memory(declared, mesh, Settings(1, max_len, block, CHUNKS[-1], dtype))
     start = time.perf_counter()
     params = jax.block_until_ready(_load_params(checkpoint, other, plan, say))
+    if mode == "packed" and kernel and not on_cpu:
+        plan, params = _for_kernel(plan, params, dtype)
     say(_loaded(checkpoint, plan, params, mode, dtype, time.perf_counter() - start))
     return Engine(
         plan,
@@ -112,6 +119,20 @@ def load(
         progress=progress,
         directory=checkpoint.directory,
     )
+
+
+def _for_kernel(plan: Plan, params: Any, dtype: Any) -> tuple[Plan, Any]:
+    """Experts in the kernel's order, or as they were, with a warning that says why."""
+    try:
+        if (absence := kernel_absence()) is not None:
+            raise absence
+        if dtype != jnp.bfloat16:
+            raise ValueError(f"The kernel takes bfloat16; dtype is {jnp.dtype(dtype).name}.")
+        packed = kernel_plan(plan)
+    except (ValueError, NotImplementedError) as error:
+        _log.warning("The experts run without their kernel: %s", error)
+        return plan, params
+    return packed, pack_params(plan, packed, params)
 
 
 def _loaded(

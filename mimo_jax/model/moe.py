@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from mimo_jax.config import ModelConfig
 from mimo_jax.model.layers import INIT_SCALE
 from mimo_jax.sharding import Parallel, constant, normal, param
-from pallas_kernels.expert_ffn import ExpertWeights, expert_ffn
+from pallas_kernels.expert_ffn import ExpertWeights, KernelWeights, expert_ffn, pack_experts
 from pallas_kernels.mxfp4 import BLOCK
 
 
@@ -60,7 +60,10 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """All experts of a layer: MXFP4 codes with their scales, or dense matrices."""
+    """All experts of a layer: MXFP4 codes with their scales, or dense matrices.
+
+    After `pack` they are in the kernel's order: 32-bit words, cut as `plans` says.
+    """
 
     def __init__(self, config: ModelConfig, packed: bool, dtype, rngs: nnx.Rngs):
         e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -80,10 +83,25 @@ class Experts(nnx.Module):
             self.gate_up = param(rngs, (e, 2, f, d), up_axes, dtype, init)
             self.down = param(rngs, (e, d, f), down_axes, dtype, init)
             self.gate_up_scale = self.down_scale = None
+        self.barrier, self.plans = nnx.data(None), None
+
+    def pack(self) -> None:
+        """Puts MXFP4 experts into the kernel's order, on one device's share of them."""
+        packed = pack_experts(self.weights)
+        # On a mesh, a device's stages follow those of the device before it.
+        axes = ("experts", "expert_mlp", None, None)
+        self.gate_up = nnx.Param(packed.gate_up, logical_axes=axes)
+        self.down = nnx.Param(packed.down, logical_axes=axes)
+        self.barrier = nnx.Param(packed.barrier, logical_axes=(None,))
+        self.gate_up_scale = self.down_scale = None
+        self.plans = (packed.gate_up_plan, packed.down_plan)
 
     @property
-    def weights(self) -> ExpertWeights:
-        """The arrays as the kernel takes them."""
+    def weights(self) -> ExpertWeights | KernelWeights:
+        """The arrays as `expert_ffn` takes them."""
+        if self.plans is not None:
+            arrays = (self.gate_up, self.down, self.barrier)
+            return KernelWeights(*(a[...] for a in arrays), *self.plans)
         scales = (self.gate_up_scale, self.down_scale)
         return ExpertWeights(
             self.gate_up[...], self.down[...], *(None if s is None else s[...] for s in scales)

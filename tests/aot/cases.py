@@ -9,6 +9,7 @@ from h200 import Case
 from jax.sharding import PartitionSpec
 
 from mimo_jax.config import MTPConfig
+from mimo_jax.decode.kernel_weights import kernel_plan
 from mimo_jax.decode.options import Request
 from mimo_jax.decode.program import (
     GPU_OPTIONS,
@@ -183,6 +184,11 @@ def decode_nano_mtp(mesh) -> Case:
     return decode(mesh, MTPConfig(preset("mimo-nano")))
 
 
+def decode_nano_kernel(mesh) -> Case:
+    """The same with the DFlash drafter, on the kernel."""
+    return decode(mesh, drafter_preset("mimo-nano"), kernel=True)
+
+
 def decode_wide(mesh, max_len: int) -> Case:
     """Three layers of MiMo-V2.6-Pro's widths with two of its drafter's, as they are stored."""
     return program(*wide(mesh, max_len))
@@ -214,9 +220,10 @@ def wide(mesh, max_len: int):
     return plan, Settings(batch=1, max_len=max_len, block=block, chunk=256, dtype=jnp.bfloat16)
 
 
-def decode(mesh, drafter) -> Case:
+def decode(mesh, drafter, kernel=False) -> Case:
     """The decode program of mimo-nano with a drafter."""
     plan = make_plan(preset("mimo-nano"), drafter, mesh, packed=True, dtype=jnp.bfloat16)
+    plan = kernel_plan(plan) if kernel else plan
     block = drafter.block_size
     return program(plan, Settings(batch=1, max_len=2048, block=block, chunk=64, dtype=jnp.bfloat16))
 

@@ -86,6 +86,15 @@ def test_the_decode_program_is_one_graph(case):
     assert found.graphs[0].count("kWhile") >= 2
 
 
+def test_the_decode_program_with_the_kernel_is_one_graph():
+    """Two kernels for blocks of 8 and two for prefill, whatever the number of layers."""
+    found = report("decode_nano_kernel")
+    assert not found.outside and len(found.graphs) == 1
+    assert sorted(kernel.name for kernel in found.kernels) == sorted(2 * KERNELS)
+    assert found.lowered == 4 and found.launches == 4 * 4
+    assert not any(kernel.spilled_bytes for kernel in found.kernels)
+
+
 @pytest.mark.parametrize(("case", "max_len"), [("short", 4096), ("long", 131072)])
 def test_the_plan_estimates_the_temporaries(case, max_len):
     placed, settings = cases.wide(abstract_mesh(8), max_len)

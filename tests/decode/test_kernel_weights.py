@@ -1,0 +1,57 @@
+"""Experts in the kernel's order on a mesh give the state that they gave in the checkpoint's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mimo_jax.decode.kernel_weights import kernel_plan, pack_params
+from mimo_jax.decode.options import Options
+from mimo_jax.decode.program import Settings, make_plan, make_program, make_state
+from mimo_jax.model.mimo import MiMo
+from mimo_jax.presets import preset
+from mimo_jax.sharding import make_mesh
+
+
+def values(plan, seed):
+    model = MiMo(plan.config, nnx.Rngs(seed), shards=plan.shards, packed=True, dtype=jnp.bfloat16)
+    return jax.device_put(nnx.state(model), plan.param_shardings[0]), None
+
+
+@pytest.mark.parametrize(
+    ("devices", "layout"),
+    [
+        (4, "tensor"),
+        pytest.param(1, "tensor", marks=pytest.mark.slow),
+        pytest.param(2, "expert", marks=pytest.mark.slow),
+    ],
+)
+def test_packed_experts_give_the_same_state(devices, layout, rng):
+    mesh = make_mesh(devices)
+    plan = make_plan(
+        preset("mimo-nano"), None, mesh, layout=layout, packed=True, dtype=jnp.bfloat16
+    )
+    seed = int(rng.integers(1000))
+    params = values(plan, seed)
+    settings = Settings(batch=1, max_len=32, block=1, chunk=64, dtype=jnp.bfloat16)
+    prompt = rng.integers(0, plan.config.vocab_size, 20)
+    states = []
+    packed = kernel_plan(plan)
+    for used in (plan, packed):
+        if used is packed:
+            params = pack_params(plan, packed, params)
+        state = make_state(used, settings)
+        rows = np.zeros(state.tokens.shape, np.int32)
+        rows[0, :20] = prompt
+        fields = dict(tokens=rows, length=np.full(1, 20, np.int32))
+        places = {name: getattr(state, name).sharding for name in fields}
+        state = dataclasses.replace(state, **jax.device_put(fields, places))
+        request = Options(ignore_eos=True).request(np.full(1, 26), np.full(1, 26), (), mesh)
+        state = make_program(used, settings)(params, state, request)
+        states.append(jax.device_get(state))
+    # Tokens, and the caches of all layers.
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert states[0].length[0] == 26 and states[0].caches[-1].keys[0, :, 24].any()
