@@ -7,6 +7,7 @@ and no other: the next ones go to a new process.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from pallas_kernels.expert_ffn import kernel_absence
 from pallas_kernels.expert_ffn.shapes import SHAPES
 
 _START_S = 60.0
+OTHERS: dict[str, str] = {}
+"""Other kernels and the modules of their jobs, whose names begin with the kernel's."""
 _KINDS = {
     "check": "checks",
     "time": "times",
@@ -37,20 +40,24 @@ def work(jobs: list[Job], first: int, path: Path, seed: int) -> None:
     """The process that runs jobs from `first` on: a line when one begins, one for each result."""
     import numpy as np
 
-    from mimo_jax.bench.kernel_jobs import do
-
     held: dict[str, Any] = {}
     for number in range(first, len(jobs)):
         job, start = jobs[number], time.monotonic()
         _say(path, begins=number)
         rng = np.random.default_rng([seed, number])
         try:
-            for result in do(rng, job, held):
+            for result in _module(job).do(rng, job, held):
                 took = round(time.monotonic() - start, 1)
                 _say(path, job=number, result={**result, "took_s": took})
         except Exception as error:  # a variant may not compile; the others still count
             known = {k: v for k, v in job.items() if k != "job"}
             _say(path, job=number, result={**known, "error": repr(error)[:400]})
+
+
+def _module(job: Job):
+    """The module that does a job."""
+    kernel = job["job"].split("-")[0]
+    return importlib.import_module(OTHERS.get(kernel, "mimo_jax.bench.kernel_jobs"))
 
 
 def supervise(jobs: list[Job], path: Path, seed: int, limit_s: float) -> list[tuple[Job, dict]]:
@@ -143,6 +150,9 @@ def _show(path: Path, shown: int) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `mimo bench kernels`."""
+    parser.add_argument(
+        "--only", default="expert", help=f"kernels: {', '.join(('expert', *OTHERS))}"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the float32 reference")
     parser.add_argument("--time", action="store_true", help="time launches and shapes")
     parser.add_argument("--prefill", action="store_true", help="time XLA's ragged_dot")
@@ -166,7 +176,8 @@ def collect(results: list[tuple[Job, dict]]) -> dict[str, Any]:
         if job["job"] == "read":
             found |= result
         else:
-            found[_KINDS[job["job"]]].append(result)
+            kind = job["job"]
+            found.setdefault(_KINDS.get(kind, kind), []).append(result)
     for row in found["times"]:
         if "GB/s" in row and "read_GB/s" in found:
             row["share"] = row["GB/s"] / found["read_GB/s"]
@@ -199,7 +210,7 @@ def main(options: argparse.Namespace) -> int:
     if reason:
         raise MimoError(f"The expert kernel cannot be measured here: {reason}")
     seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
-    jobs = jobs_for(options.check, options.time, options.prefill, names, shapes)
+    jobs = _jobs(options, names, shapes)
     with tempfile.TemporaryDirectory() as folder:
         path = options.out or Path(folder) / "results.jsonl"
         path.unlink(missing_ok=True)
@@ -208,6 +219,20 @@ def main(options: argparse.Namespace) -> int:
     show(result)
     print_json(result)
     return 0
+
+
+def _jobs(options, names, shapes) -> list[Job]:
+    """All jobs that were asked for; the bandwidth once, before all times."""
+    kernels = named(options.only, ("expert", *OTHERS), "--only")
+    jobs: list[Job] = []
+    if "expert" in kernels:
+        jobs += jobs_for(options.check, options.time, options.prefill, names, shapes)
+    elif options.time:
+        jobs.append({"job": "read"})
+    for kernel in kernels:
+        if kernel in OTHERS:
+            jobs += importlib.import_module(OTHERS[kernel]).jobs(options.check, options.time)
+    return jobs
 
 
 def show(result: dict[str, Any]) -> None:
