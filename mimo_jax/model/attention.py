@@ -108,36 +108,6 @@ def causal(
     return visible if window is None else visible & (k > q - window)
 
 
-def attend_sequence(q, k, v, window: int | None, sink) -> Float[Array, "b t n v"]:
-    """Causal attention of whole sequences to themselves, with no cache: training and evaluation.
-
-    Takes q [b,t,n,h], k [b,t,k,h], v [b,t,k,v] at positions 0..t-1. A window that divides t is cut
-    into blocks that see themselves and the block before, so that no t x t matrix is made.
-    """
-    b, t = q.shape[:2]
-    if window is None or t <= 2 * window or t % window:
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-        keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        return attend(q, keys, values, causal(positions, positions, window), sink)
-    blocks = t // window
-
-    def fold(x):
-        return x.reshape(b * blocks, window, *x.shape[2:])
-
-    def with_previous(x):
-        x = x.reshape(b, blocks, window, *x.shape[2:])
-        before = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
-        both = jnp.concatenate([before, x], axis=2).reshape(b * blocks, 2 * window, *x.shape[3:])
-        return both.transpose(0, 2, 1, 3)
-
-    start = jnp.tile(jnp.arange(blocks, dtype=jnp.int32) * window, b)[:, None]
-    positions = start + jnp.arange(window, dtype=jnp.int32)
-    key_positions = start - window + jnp.arange(2 * window, dtype=jnp.int32)
-    visible = causal(positions, key_positions, window)
-    out = attend(fold(q), with_previous(k), with_previous(v), visible, sink)
-    return out.reshape(b, t, *out.shape[2:])
-
-
 def regroup(qkv: Float[Array, "k rows d"], groups: int, head_dim: int, v_head_dim: int):
     """Repeats key/value heads so that there are `groups` of them, a multiple of what is stored.
 

@@ -1,5 +1,7 @@
 """The pieces that target and drafter share: products, RMS norm, rotary embedding, dense MLP."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,11 +14,38 @@ from mimo_jax.sharding import Parallel, constant, normal, param
 INIT_SCALE = 0.02
 
 
-def linear(x: Float[Array, "*rows i"], weight: Float[Array, "o i"]) -> Float[Array, "*rows o"]:
-    """x @ weight^T with float32 accumulation; the result has x's dtype."""
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32).astype(
-        x.dtype
-    )
+def linear(
+    x: Float[Array, "*rows i"], weight: Float[Array, "o i"], dtype=None
+) -> Float[Array, "*rows o"]:
+    """x @ weight^T with float32 accumulation; the result has x's dtype, or the one given.
+
+    So has its gradient: left to itself, JAX would multiply float32 matrices backwards.
+    """
+    return _linear(x, weight, x.dtype if dtype is None else jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x, weight, dtype):
+    return _product("...i,oi->...o", x, weight).astype(dtype)
+
+
+def _linear_forward(x, weight, dtype):
+    return _linear(x, weight, dtype), (x, weight)
+
+
+def _linear_backward(dtype, saved, gradient):
+    x, weight = saved
+    gradient = gradient.astype(x.dtype)
+    of_x = _product("...o,oi->...i", gradient, weight)
+    of_weight = _product("...o,...i->oi", gradient, x)
+    return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _product(axes: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
 def rms_norm(

@@ -8,9 +8,10 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax import cache as kv
 from mimo_jax.config import ModelConfig
-from mimo_jax.model.attention import Attention, attend, attend_sequence, causal
-from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed
+from mimo_jax.model.attention import Attention, attend, causal
+from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear
 from mimo_jax.model.moe import MoE
+from mimo_jax.model.sequence import attend_sequence
 from mimo_jax.sharding import Parallel, normal, param
 
 
@@ -133,7 +134,7 @@ class MiMo(nnx.Module):
 
 def head_logits(x: Float[Array, "b t d"], head: Float[Array, "w d"]) -> Float[Array, "b t w"]:
     """x @ head^T in float32: target and drafter share the head."""
-    return jnp.einsum("btd,wd->btw", x, head, preferred_element_type=jnp.float32)
+    return linear(x, head, jnp.float32)
 
 
 def argmax(logits: Float[Array, "b t w"], parallel: Parallel) -> Int32[Array, "b t"]:

@@ -19,7 +19,7 @@ from mimo_jax.config import DrafterConfig
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo, head_logits, tap
 from mimo_jax.sharding import Parallel
-from mimo_jax.train.pretrain import TrainState, accumulate, in_chunks, run_sequences
+from mimo_jax.train.pretrain import TrainState, accumulate, cross_entropy, in_chunks, run_sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def compare(
         wanted = lax.stop_gradient(head_logits(before, head))
         logits = head_logits(hidden, head)
         chosen = jnp.argmax(wanted, axis=-1).astype(jnp.int32)
-        ce = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
+        ce = cross_entropy(logits, chosen)
         result = {"chosen": chosen, "right": jnp.argmax(logits, axis=-1) == chosen, "ce": ce}
         if recipe.loss == "ce":
             return result | {"loss": ce}

@@ -48,8 +48,10 @@ def grouped_moe(
     places = capacity(len(rows), experts, ids.shape[1], factor)
     token_of, choice_of, place_of, chosen = _assign(ids, experts, places)
     grouped = _spread(rows, token_of, place_of).reshape(experts, places, -1)
-    gate, up = (jnp.einsum("ecd,efd->ecf", grouped, weights.gate_up[:, part]) for part in (0, 1))
-    outputs = jnp.einsum("ecf,edf->ecd", jax.nn.silu(gate) * up, weights.down)
+    # Gate and up in one product: places are read once, and their gradient is one sum.
+    both = weights.gate_up.reshape(experts, -1, grouped.shape[-1])
+    hidden = _swiglu(jnp.einsum("ecd,efd->ecf", grouped, both))
+    outputs = jnp.einsum("ecf,edf->ecd", hidden, weights.down)
     collected = _collect(outputs.reshape(experts * places, -1), place_of, choice_of)
     mixed = jnp.einsum("tcd,tc->td", collected, routing.astype(x.dtype))
     dropped = (place_of >= experts * places).mean(dtype=jnp.float32)
@@ -64,7 +66,8 @@ def _assign(ids, experts: int, places: int):
     """
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    chosen = jnp.zeros(experts, jnp.int32).at[flat].add(1)
+    # Counted by comparing: a scatter would have all tokens wait for a few counters.
+    chosen = (flat[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
     first = jnp.cumsum(chosen) - chosen
     ranks = jnp.arange(flat.size, dtype=jnp.int32) - first[flat[order]]
     place = jnp.where(ranks < places, flat[order] * places + ranks, experts * places)
@@ -75,15 +78,40 @@ def _assign(ids, experts: int, places: int):
     return token_of, choice_of, place_of.reshape(ids.shape), chosen
 
 
-def _pad(x):
-    """Appends a row of zeros, which out-of-range places read."""
-    return jnp.concatenate([x, jnp.zeros_like(x[:1])])
+@jax.custom_vjp
+def _swiglu(both):
+    """silu(gate) * up, side by side in `both`; its gradient is written in one pass."""
+    gate, up = jnp.split(both, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(both):
+    return _swiglu(both), both
+
+
+def _swiglu_backward(both, gradient):
+    # Each place finds its partner itself: a concatenation would be written twice.
+    mine = both.reshape(*both.shape[:-1], 2, -1).astype(jnp.float32)
+    other, is_gate = jnp.flip(mine, axis=-2), jnp.arange(2)[:, None] == 0
+    gate, up = jnp.where(is_gate, mine, other), jnp.where(is_gate, other, mine)
+    share = jax.nn.sigmoid(gate)
+    slope = jnp.where(is_gate, up * share * (1 + gate * (1 - share)), gate * share)
+    found = gradient[..., None, :].astype(jnp.float32) * slope
+    return (found.reshape(both.shape).astype(both.dtype),)
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _at(x, rows):
+    """Rows of x; zeros for places out of range."""
+    return jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
 def _spread(x, token_of, place_of):
     """Rows of tokens in their places. Both directions are gathers: scatters would need atomics."""
-    return _pad(x)[token_of]
+    return _at(x, token_of)
 
 
 def _spread_forward(x, token_of, place_of):
@@ -92,7 +120,7 @@ def _spread_forward(x, token_of, place_of):
 
 def _spread_backward(saved, gradient):
     token_of, place_of = saved
-    return _pad(gradient)[place_of].sum(axis=1), None, None
+    return _at(gradient, place_of).sum(axis=1), None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
@@ -101,7 +129,7 @@ _spread.defvjp(_spread_forward, _spread_backward)
 @jax.custom_vjp
 def _collect(outputs, place_of, choice_of):
     """Each token's choices [t, c, d] out of their places; zeros where a choice was dropped."""
-    return _pad(outputs)[place_of]
+    return _at(outputs, place_of)
 
 
 def _collect_forward(outputs, place_of, choice_of):
@@ -110,7 +138,7 @@ def _collect_forward(outputs, place_of, choice_of):
 
 def _collect_backward(saved, gradient):
     place_of, choice_of = saved
-    return _pad(gradient.reshape(place_of.size, -1))[choice_of], None, None
+    return _at(gradient.reshape(place_of.size, -1), choice_of), None, None
 
 
 _collect.defvjp(_collect_forward, _collect_backward)

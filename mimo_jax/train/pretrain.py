@@ -81,7 +81,7 @@ def run_sequences(
     model: MiMo, tokens: Int32[Array, "b t"], factor: float, remat: bool = False
 ) -> tuple[Array, list[Array], list[Load]]:
     """Whole sequences: the residual stream, its value after each layer, and the routers' loads."""
-    h = model.embedding[...][tokens]
+    h = lookup(model.embedding[...], tokens)
     outputs, loads = [], []
 
     def through(layer, h):
@@ -105,6 +105,30 @@ def run_sequences(
         loads += found
         outputs.append(h)
     return h, outputs, loads
+
+
+@jax.custom_vjp
+def lookup(table: Float[Array, "w d"], tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Rows of a table. Its gradient is a product, summed in float32 in an order that is fixed.
+
+    Backwards a lookup is a scatter: thousands of tokens would be added to a frequent one's row, one
+    after another and rounded each time.
+    """
+    return table[tokens]
+
+
+def _lookup_forward(table, tokens):
+    return table[tokens], (table, tokens)
+
+
+def _lookup_backward(saved, gradient):
+    table, tokens = saved
+    places = (tokens[..., None] == jnp.arange(len(table))).astype(gradient.dtype)
+    found = jnp.einsum("btw,btd->wd", places, gradient, preferred_element_type=jnp.float32)
+    return found.astype(table.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def in_chunks(function: Callable, chunk: int, *arrays: Array):
@@ -134,6 +158,15 @@ def in_chunks(function: Callable, chunk: int, *arrays: Array):
     return jax.tree.map(join, lax.map(inner, tuple(map(split, arrays))))
 
 
+def cross_entropy(
+    logits: Float[Array, "*rows w"], labels: Int32[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    """Of labels, in nats. What a label has is summed, not looked up: backwards no scatter."""
+    chosen = labels[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    right = jnp.where(chosen, logits, 0).sum(axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - right
+
+
 def token_losses(
     model: MiMo, h: Float[Array, "b t d"], tokens: Int32[Array, "b t"], chunk: int = 0
 ) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
@@ -143,7 +176,7 @@ def token_losses(
     def losses(x, labels):
         logits = head_logits(x, head)
         right = jnp.argmax(logits, axis=-1) == labels
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels), right
+        return cross_entropy(logits, labels), right
 
     return in_chunks(losses, chunk, model.norm(h[:, :-1]), tokens[:, 1:])
 

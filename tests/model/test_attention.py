@@ -8,12 +8,13 @@ from flax import nnx
 from tolerances import assert_close, relative_norm
 
 from mimo_jax.config import AttentionConfig
-from mimo_jax.model.attention import Attention, attend, attend_sequence, causal, regroup
+from mimo_jax.model.attention import Attention, attend, causal, regroup
 from mimo_jax.model.layers import rms_norm, rope
+from mimo_jax.model.sequence import attend_sequence
 
 ATTEND = jax.jit(attend)
 ROPE = jax.jit(rope, static_argnums=(2, 3))
-SEQUENCE = jax.jit(attend_sequence, static_argnums=3)
+SEQUENCE = jax.jit(attend_sequence, static_argnums=(3, 5))
 
 
 def attend_slowly(q, keys, values, visible, sink):
@@ -81,10 +82,11 @@ def test_causal(window, rng):
 
 
 @pytest.mark.parametrize(
-    ("t", "window"),
-    [(9, None), (8, 4), (12, 4), (13, 4), (20, 5), (21, 3), (6, 6), (5, 9), (7, 1)],
-)
-def test_attend_sequence_in_blocks_and_whole(t, window, rng):
+    ("t", "window", "chunk"),
+    [(9, None, 4), (8, 4, 8), (12, 4, 3), (13, 4, 5), (20, 5, 99), (21, 3, 2), (6, 6, 4), (5, 9, 2),
+     (7, 1, 7)],
+)  # fmt: skip
+def test_attend_sequence_in_blocks_and_whole(t, window, chunk, rng):
     b, n, k, h, v = 2, 4, 2, 6, 5
     q, keys, values = draw(rng, b, t, t, n, k, h, v)
     sink = rng.standard_normal(n)
@@ -92,8 +94,35 @@ def test_attend_sequence_in_blocks_and_whole(t, window, rng):
     visible = (j <= i) & ((window is None) | (j > i - (window or 0)))
     expected = attend_slowly(q, keys, values, np.stack([visible] * b), sink)
     swap = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
-    out = SEQUENCE(*single(q, *swap), window, *single(sink))
+    out = SEQUENCE(*single(q, *swap), window, *single(sink), chunk)
     assert_close(out, expected, "float32")
+
+
+@pytest.mark.parametrize(("t", "window", "chunk"), [(11, None, 4), (12, 3, 2), (10, 4, 3)])
+@pytest.mark.parametrize("with_sink", [True, False])
+def test_gradients_of_sequences_are_those_of_attend(t, window, chunk, with_sink, rng):
+    """Against what JAX makes of the plain function by itself."""
+    b, n, k, h, v = 2, 6, 3, 5, 4
+    q, keys, values = single(*draw(rng, b, t, t, n, k, h, v))
+    keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+    sink = jnp.asarray(rng.standard_normal(n), jnp.float32)
+    aim = jnp.asarray(rng.standard_normal((b, t, n, v)), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+
+    def plain(q, keys, values, sink):
+        swap = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
+        visible = causal(positions, positions, window)
+        return (attend(q, *swap, visible, sink if with_sink else None) * aim).sum()
+
+    def blocks(q, keys, values, sink):
+        sink = sink if with_sink else None
+        return (attend_sequence(q, keys, values, window, sink, chunk) * aim).sum()
+
+    given = (q, keys, values, sink)
+    found, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(*given) for f in (blocks, plain))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative_norm(mine, theirs) < 1e-5
+    assert np.any(found[3]) == with_sink
 
 
 def make_attention(rng, groups, n, k):

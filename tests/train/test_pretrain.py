@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -16,6 +18,7 @@ from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.flat import flatten, unflatten
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.model.layers import linear
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import make_mesh
 from mimo_jax.train.config import OptimizerSection, ScheduleSection
@@ -26,9 +29,11 @@ from mimo_jax.train.pretrain import (
     abstract_target,
     accumulate,
     compute_params,
+    cross_entropy,
     in_chunks,
     init_params,
     is_expert,
+    lookup,
     make_evaluate,
     make_step,
     start_state,
@@ -165,6 +170,46 @@ def test_losses_in_chunks_are_the_losses(trained, rng):
         assert relative_norm(pieces, whole) < 1e-5
         assert relative_norm(losses, nats) < 1e-5
         assert np.array_equal(right, rows.argmax(-1) == labels[..., 0])
+
+
+def test_gradients_that_are_written_by_hand(rng):
+    """A lookup, a product and a cross-entropy against what JAX makes of the plain functions."""
+    table = jnp.asarray(rng.standard_normal((11, 6)), jnp.float32)
+    head = jnp.asarray(rng.standard_normal((13, 6)), jnp.float32)
+    tokens, labels = (jnp.asarray(rng.integers(0, n, (3, 7)), jnp.int32) for n in (11, 13))
+
+    def ours(table, head):
+        logits = linear(lookup(table, tokens), head, jnp.float32)
+        return cross_entropy(logits, labels).sum()
+
+    def plain(table, head):
+        logits = table[tokens] @ head.T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(function, (0, 1)))(table, head) for function in (ours, plain)
+    )
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_norm(mine, theirs) < 1e-5
+
+
+def test_no_product_of_low_precision_is_made_in_float32():
+    """Of the whole step's products, only the router's has float32 matrices."""
+    config = ModelConfig.from_dict(SHAPE | {"vocab_size": 300})
+    graph, params = abstract_target(config)
+    optimizer = make_optimizer(lambda count: 1e-3, OptimizerSection(name="adamw"))
+    state = jax.eval_shape(lambda p: start_state(p, optimizer), params)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((2, 20), jnp.int32),
+        "trained": jax.ShapeDtypeStruct((2, 20), bool),
+    }
+    step = make_step(graph, optimizer, Recipe(dtype=jnp.dtype(jnp.bfloat16)))
+    text = step.trace(state, batch).lower().as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    wide = [line for line in products if re.search(r": \(.*xf32.*\) ->", line)]
+    assert len(products) > 30
+    routers = 3 * sum(config.moe_layer_freq)  # Forwards, and the gradients of both factors.
+    assert len(wide) <= routers, wide
 
 
 def test_chunks_and_parts_are_put_together(rng):
