@@ -69,6 +69,7 @@ def last_rows(live: Bool[Array, "b t"], count: int) -> Bool[Array, "b t"]:
     return live & (jnp.arange(live.shape[1], dtype=jnp.int32) >= total - count)
 
 
+@jax.named_scope("attention_cache")
 def extend(
     cache: LayerCache,
     keys: Float[Array, "b t k h"],

@@ -50,10 +50,19 @@ made, so that a run-time check for an array would refuse what is right."""
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """One device's view of the mesh inside `shard_map`; without an axis it is the only device."""
+    """One device's view of the mesh inside `shard_map`; without an axis it is the only device.
+
+    Attributes:
+      axis: of the mesh.
+      experts: whether devices hold whole experts.
+      ranks: of a program that runs one rank of several alone, to measure it, how many there are.
+        What the absent ones would send stands in: nothing for sums, this rank's own part for
+        gathers, so that all that follows has its size.
+    """
 
     axis: str | None = None
     experts: bool = False
+    ranks: int = 1
 
     def sum(self, x):
         """Sums over the devices."""
@@ -63,7 +72,13 @@ class Parallel:
         """Concatenates the devices' parts along a dimension."""
         if self.axis is None:
             return x
-        return lax.all_gather(x, self.axis, axis=dimension, tiled=True)
+        parts = lax.all_gather(x, self.axis, axis=dimension, tiled=True)
+        return parts if self.ranks == 1 else jnp.concatenate([parts] * self.ranks, dimension)
+
+    def local(self, ids, size: int):
+        """Ids of rows that are divided over the devices, as this one counts its own `size`."""
+        # Absent ranks' rows are as this rank's.
+        return ids % size if self.ranks > 1 else ids - self.index * size
 
     @property
     def index(self):
@@ -141,6 +156,14 @@ def spec(axes: Sequence[str | None], rules: dict[str, str | None]) -> PartitionS
     while names and names[-1] is None:
         names.pop()
     return PartitionSpec(*names)
+
+
+def first_part(x, axes: PartitionSpec, parts: int):
+    """The first of several equal parts of an array, along each dimension that has a mesh axis."""
+    for dimension, axis in enumerate(axes):
+        if axis is not None:
+            x = lax.slice_in_dim(x, 0, x.shape[dimension] // parts, axis=dimension)
+    return x
 
 
 def param_specs(state: nnx.State, rules: dict[str, str | None]) -> Any:

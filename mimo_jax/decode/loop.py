@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -32,14 +33,16 @@ def decode(
 
     def one_round(state: State) -> State:
         live_sequences = active(state)
-        tokens, contexts = _draft(model, drafter, state, request, block, parallel)
+        tokens, contexts = draft_block(model, drafter, state, request, block, parallel)
         slots = jnp.arange(block, dtype=jnp.int32)
         live = live_sequences[:, None] & (slots <= request.max_draft)
         h, features, caches = model(tokens, state.cached, live, state.caches, taps, parallel)
         following = state.length[:, None] + slots
-        chosen = choose(model.logits(h), following, request, parallel)
-        room = jnp.where(live_sequences, request.limit - state.length, 0)
-        count, ended = accept(tokens, chosen, room, request)
+        logits = model.logits(h)
+        with jax.named_scope("accept"):
+            chosen = choose(logits, following, request, parallel)
+            room = jnp.where(live_sequences, request.limit - state.length, 0)
+            count, ended = accept(tokens, chosen, room, request)
         if drafter is not None:
             # Features of rejected rows go in too: they lie past `cached`, where nothing looks.
             contexts = drafter.ingest(features, state.cached, live, contexts, parallel)
@@ -53,7 +56,7 @@ def decode(
     return lax.while_loop(waited_for, one_round, state)
 
 
-def _draft(model, drafter, state: State, request: Request, block: int, parallel: Parallel):
+def draft_block(model, drafter, state: State, request: Request, block: int, parallel: Parallel):
     """The block [b, block], the newest token and the drafts after it; and the contexts."""
     anchor = jnp.take_along_axis(state.tokens, state.cached[:, None], axis=1)
     if drafter is None or block == 1:
@@ -64,6 +67,7 @@ def _draft(model, drafter, state: State, request: Request, block: int, parallel:
     return jnp.concatenate([anchor, drafts], axis=1), contexts
 
 
+@jax.named_scope("commit")
 def _commit(state: State, chosen, count, ended, counted) -> State:
     """Appends the emitted tokens; everything past them is left to be overwritten."""
     block = chosen.shape[1]

@@ -24,6 +24,7 @@ from mimo_jax.sharding import (
     ShapesOnly,
     check_divisible,
     check_heads,
+    first_part,
     param_specs,
     shardings,
 )
@@ -46,7 +47,7 @@ class Settings:
       batch: sequences.
       max_len: tokens that a sequence may have.
       block: rows of a verified block; 1 is the fastest plain decoding.
-      chunk: rows of a prefill pass.
+      chunk: rows of a prefill pass; 0 leaves prefill out, for states whose prompts are cached.
       dtype: of keys and values.
     """
 
@@ -62,7 +63,8 @@ class Plan:
     """A model's abstract parameters, and how they lie on a mesh.
 
     Build it with `make_plan`. `params` is the pair (target, drafter) of abstract states; a missing
-    drafter is None.
+    drafter is None. `ranks` is 1, or the number of devices of which the mesh's only one is one (see
+    `mimo_jax.decode.rank`).
     """
 
     config: ModelConfig
@@ -71,11 +73,25 @@ class Plan:
     layout: str
     graphs: tuple[Any, Any]
     params: tuple[nnx.State, nnx.State | None]
+    ranks: int = 1
 
     @property
     def shards(self) -> int:
         """Devices that the model is divided over."""
         return self.mesh.shape[AXIS]
+
+    @property
+    def parallel(self) -> Parallel:
+        """A device's view of the mesh, inside `shard_map`."""
+        return Parallel(AXIS, experts=self.layout == "expert", ranks=self.ranks)
+
+    def modules(self, params: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Target and drafter, or None, with these parameters."""
+        model, drafter = (
+            None if graph is None else nnx.merge(graph, values)
+            for graph, values in zip(self.graphs, params, strict=True)
+        )
+        return model, drafter
 
     @property
     def rules(self) -> dict[str, str | None]:
@@ -161,8 +177,13 @@ def state_maker(plan: Plan, settings: Settings) -> Callable[[], State]:
     return jax.jit(init, out_shardings=shardings(specs, plan.mesh))
 
 
-def make_program(plan: Plan, settings: Settings):
+def make_program(plan: Plan, settings: Settings, options: dict[str, Any] | None = None):
     """Compiles nothing yet: returns the jitted `program(params, state, request) -> state`.
+
+    Args:
+      plan: of the model.
+      settings: what to compile for.
+      options: XLA's compiler options on GPUs, beside ours.
 
     Parameters are arguments, never constants; the state is donated. One call prefills what is not
     cached and decodes up to `request.limit`, or to the round that reaches `request.pause`; the next
@@ -171,13 +192,10 @@ def make_program(plan: Plan, settings: Settings):
     specs = state_specs(jax.eval_shape(_init(plan, settings)), plan.rules)
 
     def body(params, state: State, request: Request) -> State:
-        parallel = Parallel(AXIS, experts=plan.layout == "expert")
-        model, drafter = (
-            None if graph is None else nnx.merge(graph, values)
-            for graph, values in zip(plan.graphs, params, strict=True)
-        )
-        state = prefill(model, drafter, plan.taps, state, settings.chunk, parallel)
-        return decode(model, drafter, plan.taps, state, request, settings.block, parallel)
+        model, drafter = plan.modules(params)
+        if settings.chunk:
+            state = prefill(model, drafter, plan.taps, state, settings.chunk, plan.parallel)
+        return decode(model, drafter, plan.taps, state, request, settings.block, plan.parallel)
 
     sharded = jax.shard_map(
         body,
@@ -192,18 +210,31 @@ def make_program(plan: Plan, settings: Settings):
         donate_argnums=1,
         # On one device jit may call the results' shardings otherwise, and then trace them anew.
         out_shardings=shardings(specs, plan.mesh),
-        compiler_options=GPU_OPTIONS if on_gpu else None,
+        compiler_options=GPU_OPTIONS | (options or {}) if on_gpu else None,
     )
 
 
 def _init(plan: Plan, settings: Settings):
-    return partial(
+    init = partial(
         init_state,
         plan.config,
         plan.drafter,
         batch=settings.batch,
         max_len=settings.max_len,
         block=settings.block,
-        shards=plan.shards,
+        shards=plan.shards * plan.ranks,
         dtype=settings.dtype,
     )
+    if plan.ranks == 1:
+        return init
+
+    def part() -> State:
+        """The first rank's part."""
+        state = init()
+        return jax.tree.map(
+            lambda leaf, spec: first_part(leaf, spec, plan.ranks),
+            state,
+            state_specs(state, plan.rules),
+        )
+
+    return part

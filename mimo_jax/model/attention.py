@@ -1,5 +1,6 @@
 """Grouped-query attention with sinks, a value scale, keys wider than values; full or windowed."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
@@ -38,6 +39,7 @@ class Attention(nnx.Module):
         self.output = param(rngs, (d, n * config.v_head_dim), (None, "heads"), dtype, init)
         self.sink = param(rngs, (n,), ("heads",), dtype, normal(1.0)) if config.sink else None
 
+    @jax.named_scope("attention_project")
     def project(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
         """Rotated queries [b,t,n,h] and keys [b,t,k,h], and scaled values [b,t,k,v]."""
         config = self.config
@@ -51,12 +53,14 @@ class Attention(nnx.Module):
         q, k = (rope(y, positions, config.rope_theta, config.rotary_dim) for y in (q, k))
         return q, k, v
 
+    @jax.named_scope("attention_output")
     def combine(self, heads: Float[Array, "b t n v"], parallel: Parallel) -> Float[Array, "b t d"]:
         """Projects the heads back to the residual stream, summed over all devices."""
         flat = heads.reshape(*heads.shape[:2], -1)
         return parallel.sum(linear(flat, self.output[...]))
 
 
+@jax.named_scope("attend")
 def attend(
     q: Float[Array, "b t n h"],
     keys: Float[Array, "b k s h"],

@@ -6,6 +6,7 @@ MiMo-V2.5's.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -149,6 +150,7 @@ class Drafter(nnx.Module):
         normed = self.context_norm(projected)
         return [layer.attention.keys_values(normed, positions) for layer in self.layers]
 
+    @jax.named_scope("drafter")
     def ingest(
         self,
         features: Float[Array, "b t _"],
@@ -178,6 +180,7 @@ class Drafter(nnx.Module):
         """Adds a chunk of a prompt: its features are all that the layers see of it."""
         return self.ingest(features, start, live, caches, parallel)
 
+    @jax.named_scope("drafter")
     def draft(
         self,
         model: MiMo,

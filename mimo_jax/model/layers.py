@@ -48,6 +48,7 @@ def _product(axes: str, x: Array, y: Array) -> Array:
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
+@jax.named_scope("norm")
 def rms_norm(
     x: Float[Array, "*rows d"], weight: Float[Array, "d"], epsilon: float
 ) -> Float[Array, "*rows d"]:
@@ -69,9 +70,10 @@ def rope(
     return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary:]], axis=-1)
 
 
+@jax.named_scope("embed")
 def embed(table: Shaped[Array, "w d"], tokens: Int32[Array, "b t"], parallel: Parallel):
     """Looks up rows of a table whose vocabulary is divided over the devices: [b, t, d]."""
-    local = tokens - parallel.index * table.shape[0]
+    local = parallel.local(tokens, table.shape[0])
     mine = (local >= 0) & (local < table.shape[0])
     rows = table[jnp.where(mine, local, 0)]
     return parallel.sum(jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype)))
@@ -136,6 +138,7 @@ class DenseMLP(nnx.Module):
         self.down = param(rngs, (d, f), down_axes, dtype, init)
         self.down_scale = tile_scales(rngs, (tiles_d, tiles_f), down_axes, quantized)
 
+    @jax.named_scope("dense_mlp")
     def __call__(self, x: Float[Array, "b t d"], parallel: Parallel) -> Float[Array, "b t d"]:
         """Returns the sum over all devices."""
         gate, up = (linear(x, matrix) for matrix in decoded(self.gate_up, self.gate_up_scale, x))

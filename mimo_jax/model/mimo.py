@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
@@ -121,8 +122,9 @@ class MiMo(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         h = embed(self.embedding[...], tokens, parallel)
         outputs, written = [], []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            h, cache = layer(h, positions, live, cache, parallel)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            with jax.named_scope(f"layer_{index}"):
+                h, cache = layer(h, positions, live, cache, parallel)
             outputs.append(h)
             written.append(cache)
         return h, tap(outputs, taps), tuple(written)
@@ -132,11 +134,13 @@ class MiMo(nnx.Module):
         return head_logits(self.norm(h), self.head[...])
 
 
+@jax.named_scope("head")
 def head_logits(x: Float[Array, "b t d"], head: Float[Array, "w d"]) -> Float[Array, "b t w"]:
     """x @ head^T in float32: target and drafter share the head."""
     return linear(x, head, jnp.float32)
 
 
+@jax.named_scope("head")
 def argmax(logits: Float[Array, "b t w"], parallel: Parallel) -> Int32[Array, "b t"]:
     """Arg-max over a vocabulary divided over the devices; ties go to the lowest id."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -54,6 +54,7 @@ class Router(nnx.Module):
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return ids, weights * self.scale
 
+    @jax.named_scope("router")
     def __call__(self, x: Float[Array, "t d"]) -> tuple[Int32[Array, "t c"], Float[Array, "t c"]]:
         """Ids and weights of each token's experts."""
         return self.choose(self.scores(x))
@@ -126,6 +127,6 @@ class MoE(nnx.Module):
             # Ids of other devices' experts fall outside [0, e) here: dead choices.
             ids = ids - parallel.index * weights.gate_up.shape[0]
         ids = jnp.where(live.reshape(-1, 1), ids, -1)
-        return parallel.sum(expert_ffn(rows, weights, ids, routing).astype(x.dtype)).reshape(
-            x.shape
-        )
+        with jax.named_scope("experts"):
+            y = expert_ffn(rows, weights, ids, routing).astype(x.dtype)
+        return parallel.sum(y).reshape(x.shape)
