@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mimo_jax.checkpoint import released, store, zlab
+from mimo_jax.compilation import use_compilation_cache
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS
 from mimo_jax.decode.kernel_weights import kernel_plan, pack_params
@@ -87,7 +88,7 @@ def load(
     fp8 = _linear(linear, checkpoint)
     max_len = _max_len(max_len, checkpoint.config)
     tokenizer = _tokenizer(checkpoint)
-    _use_compilation_cache()
+    use_compilation_cache()
 
     def say(message: str) -> None:
         if progress:
@@ -287,21 +288,3 @@ def _max_len(max_len: int | None, config: ModelConfig) -> int:
             f"max_len={max_len!r} is not allowed: it must be 2 to {context}, the model's context."
         )
     return max_len
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between processes, unless the user has set that up already."""
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    from jax.experimental.compilation_cache import compilation_cache
-
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "mimo_jax" / "xla"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _log.warning("Compiled programs are not kept: %s cannot be made (%s).", folder, error)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # What was compiled before may have made JAX decide that there is no cache.
-    compilation_cache.reset_cache()

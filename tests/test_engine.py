@@ -21,6 +21,7 @@ from tiny_checkpoint import (
 import mimo_jax
 from mimo_jax import plots
 from mimo_jax.checkpoint import store
+from mimo_jax.compilation import use_compilation_cache
 from mimo_jax.decode.batch import Decoding
 from mimo_jax.errors import MimoError
 from mimo_jax.sharding import Parallel
@@ -472,16 +473,16 @@ def test_the_compilation_cache(tmp_path, monkeypatch, caplog):
     """A folder of ours unless the user has chosen one; without a writable place, a warning."""
     chosen = jax.config.jax_compilation_cache_dir
     try:
-        mimo_jax.loading._use_compilation_cache()
+        use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == chosen
         jax.config.update("jax_compilation_cache_dir", None)
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        mimo_jax.loading._use_compilation_cache()
+        use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir is None
         assert "Compiled programs are not kept" in caplog.text
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        mimo_jax.loading._use_compilation_cache()
+        use_compilation_cache()
         folder = tmp_path / "cache" / "mimo_jax" / "xla"
         assert jax.config.jax_compilation_cache_dir == str(folder) and folder.is_dir()
     finally:

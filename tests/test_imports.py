@@ -18,7 +18,7 @@ PUBLIC_NAMES = 25
 
 LAYERS = (
     ("pallas_kernels", "mimo_jax.errors"),
-    ("mimo_jax.fields", "mimo_jax.progress"),
+    ("mimo_jax.fields", "mimo_jax.progress", "mimo_jax.compilation"),
     ("mimo_jax.transformers_config",),
     ("mimo_jax.config", "mimo_jax.quant", "mimo_jax.plots"),
     ("mimo_jax.presets", "mimo_jax.sharding", "mimo_jax.text"),

@@ -27,7 +27,13 @@ SAMPLED = {"top_p": 0.95, "seed": 0}
 
 
 def text_quality(
-    folder: Path, files: Sequence[str], *, rows: int, length: int, devices: int
+    folder: Path,
+    files: Sequence[str],
+    *,
+    rows: int,
+    length: int,
+    devices: int,
+    rule: str | None = None,
 ) -> dict[str, Any]:
     """Bits per byte, bits per token and accuracy of the next token on held-out text.
 
@@ -39,11 +45,18 @@ def text_quality(
       rows: to measure, at most.
       length: tokens of a row; at most the model's context.
       devices: to divide the rows and the experts over.
+      rule: makes MXFP4 of experts that are stored otherwise, with shared exponents so chosen.
 
     Raises:
-      MimoError: if a file cannot be read, or there is not one row.
+      MimoError: if a file cannot be read, there is not one row, or the experts to make MXFP4 of are
+        stored so already.
     """
     checkpoint = store.open_checkpoint(folder)
+    if rule is not None and checkpoint.packed:
+        raise MimoError(
+            f"{folder} stores its experts in MXFP4 already: measure it as it is, or a checkpoint "
+            "whose experts are dense."
+        )
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
     length = min(length, checkpoint.config.max_position_embeddings)
     table = tokenise(find_files(files), tokenizer).rows(length)
@@ -55,7 +68,7 @@ def text_quality(
     model = nnx.eval_shape(lambda: MiMo(checkpoint.config, nnx.Rngs(0), packed=False, dtype=dtype))
     graph, abstract = nnx.split(model)
     params, _ = store.load(checkpoint, (abstract, None), (placing.params(abstract), None))
-    evaluate = make_evaluate(graph, Recipe(dtype=dtype, chunk=256))
+    evaluate = make_evaluate(graph, Recipe(rule=rule, dtype=dtype, chunk=256))
     count = min(rows, len(table))
     sums = [
         jax.device_get(evaluate(params, given))

@@ -12,8 +12,12 @@ EPILOG = """\
 examples:
   mimo eval                                    # mimo-nano on its held-out text and prompts
   mimo eval --model runs/toy-drafter --text book.txt --count 8 --contexts 64 256
+  mimo eval --model runs/bf16 --experts mxfp4 --rule mse    # MXFP4 after training
   mimo eval --prompts code.jsonl chat.jsonl --temperatures 0 0.7 1 --json > eval.json
 """
+
+RULES = ("floor", "mse")
+"""Those of mimo_jax.quant.mxfp4, which brings in JAX."""
 
 COLUMNS = (
     ("acceptance_length", "tokens a round"),
@@ -30,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR",
         help=f"a checkpoint's or a run's folder (default {DEFAULT_MODEL})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--experts", choices=("stored", "mxfp4"), default="stored",
+        help="as they are stored (default), or made MXFP4 here: on held-out text alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rule", choices=RULES, default="floor",
+        help="--experts mxfp4: how a block's shared exponent is chosen (default floor, OCP's)",
     )  # fmt: skip
     text = parser.add_argument_group("held-out text")
     text.add_argument(
@@ -78,10 +90,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     folder = find_checkpoint(options.model)
     texts = options.text or _shipped(folder, "heldout.txt.xz")
     files = options.prompts or _shipped(folder, "heldout_prompts.jsonl")
-    result: dict[str, Any] = {}
+    rule = options.rule if options.experts == "mxfp4" else None
+    result: dict[str, Any] = {"experts": options.experts} | ({"rule": rule} if rule else {})
     if texts:
         quality = {"rows": options.rows, "length": options.length, "devices": options.devices}
-        result["text"] = text_quality(folder, texts, **quality)
+        result["text"] = text_quality(folder, texts, rule=rule, **quality)
+    if rule is not None:
+        print("With --experts mxfp4 acceptance is not measured.", file=sys.stderr)
+        return result
     if not (folder / "drafter.json").exists():
         print(f"{folder} has no drafter: no acceptance to measure.", file=sys.stderr)
         return result

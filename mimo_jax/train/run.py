@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mimo_jax.checkpoint.manifest import write_atomically
 from mimo_jax.errors import MimoError
@@ -182,6 +183,7 @@ class _Loop:
         self.task, self.section, self.placing = task, config.run, placing
         self.steps, self.log, self.console = steps, log, console
         self.guard = Guard(config.run.spike)
+        self.rates = _rates(task.learning_rate, config.run.steps)
         self.metrics: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.start = time.perf_counter()
@@ -227,7 +229,7 @@ class _Loop:
         step, tokens, metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values["lr"] = float(self.task.learning_rate(step - 1))
+        values["lr"] = float(self.rates[step - 1])
         self.guard.check(step, values["loss"], values["grad_norm"], self.whole)
         speed = self.console(step, tokens, values)
         self.metrics = values | speed
@@ -247,6 +249,13 @@ class _Loop:
         if self.section.save_every == 1:
             self.steps.wait()
         self.saved = step
+
+
+def _rates(learning_rate: Callable[[int], Any], steps: int) -> np.ndarray:
+    """The learning rate of each step, at once: asked one by one, they would wait for the step."""
+    with jax.numpy_dtype_promotion("standard"):
+        rates = jax.jit(jax.vmap(learning_rate))(jnp.arange(steps, dtype=jnp.int32))
+    return np.asarray(rates)
 
 
 def _words(step: int, evaluation: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.manifest import write_atomically
+from mimo_jax.compilation import use_compilation_cache
 from mimo_jax.decode.program import Plan, make_plan
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mimo import MiMo
@@ -70,6 +71,7 @@ def train(kind: str, config: TrainConfig) -> Result:
     if kind not in KINDS:
         raise MimoError(f"kind={kind!r} is not allowed: it must be one of {KINDS}.")
     out = open_run(config, kind)
+    use_compilation_cache()
     placing = Placing(
         make_mesh(config.run.devices or None), config.run.batch, config.run.accumulate
     )

@@ -4,16 +4,23 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import checkpoint  # noqa: F401
+from tiny_checkpoint import checkpoint, write_tokenizer  # noqa: F401
 
 import mimo_jax
 from mimo_jax import cli
 from mimo_jax.bench import evaluate
+from mimo_jax.commands import eval as eval_command
+from mimo_jax.config import ModelConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.quant.mxfp4 import RULES
 from mimo_jax.text.tokenizer import Tokenizer
+from mimo_jax.train.export import save_target, target_arrays
+from mimo_jax.train.pretrain import init_params
+from tests.train.tiny_run import SHAPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +111,29 @@ def test_the_command(checkpoint, tmp_path, capsys):  # noqa: F811
         nats, size = plain_nats(engine, np.array(ids).reshape(3, 50))
     assert text["bytes"] == size
     assert math.isclose(text["bits_per_byte"], nats / math.log(2) / size, rel_tol=1e-4)
+
+
+def test_mxfp4_after_training(tmp_path, rng):
+    """A dense checkpoint measured with MXFP4 experts is one whose experts were so stored."""
+    assert eval_command.RULES == RULES
+    shapes = ModelConfig.from_dict(SHAPE | {"vocab_size": 300})
+    write_tokenizer(tmp_path / "tokenizer.json", 300)
+    params = jax.jit(lambda: init_params(shapes, 3))()
+    # Weights that matter: the first ones leave hardly more than an even guess.
+    params = jax.tree.map(lambda p: 8 * p if p.ndim > 2 else p, params)
+    for name, rule in (("dense", None), ("mse", "mse")):
+        arrays = target_arrays(params, rule, jnp.dtype(jnp.float32))
+        save_target(tmp_path / name, shapes, arrays, tmp_path / "tokenizer.json", {})
+    np.save(tmp_path / "text.npy", rng.integers(4, 300, 200).astype(np.int32))
+    how = {"rows": 4, "length": 40, "devices": 1}
+    texts = [str(tmp_path / "text.npy")]
+    dense, made = (
+        evaluate.text_quality(tmp_path / "dense", texts, rule=rule, **how) for rule in (None, "mse")
+    )
+    assert made == evaluate.text_quality(tmp_path / "mse", texts, **how)
+    assert made["bits_per_token"] != dense["bits_per_token"]
+    with pytest.raises(MimoError, match="stores its experts in MXFP4 already"):
+        evaluate.text_quality(tmp_path / "mse", texts, rule="mse", **how)
 
 
 def plain_nats(engine, rows):
