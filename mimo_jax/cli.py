@@ -29,6 +29,7 @@ BENCHES = {
     "convert": "mimo_jax.bench.convert",
     "generate": "mimo_jax.bench.generate",
     "kernels": "mimo_jax.bench.kernels",
+    "qat": "mimo_jax.bench.qat",
     "rank": "mimo_jax.bench.rank",
 }
 """Benchmarks by name: modules with `add_arguments(parser)` and `main(arguments) -> exit code`."""
