@@ -1,0 +1,159 @@
+"""The public face of the few-token linear: argument checks and the choice of an implementation."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels.expert_ffn.api import IMPLEMENTATIONS, kernel_absence
+from pallas_kernels.linear.plan import SEGMENT, plan_for
+from pallas_kernels.linear.reference import linear_reference
+
+MOST_TOKENS = 16
+"""Rows of x for which the kernel is made; XLA's own product is better for many."""
+UNITS = (64, 128)
+"""Rows that can share a scale."""
+
+_log = logging.getLogger("pallas_kernels")
+
+
+def linear(
+    x: Float[Array, "t d"],
+    weight: Shaped[Array, "n d"],
+    scale: Float[Array, "units tiles"] | None = None,
+    *,
+    norm: Float[Array, "d"] | None = None,
+    epsilon: float = 1e-5,
+    out_dtype=jnp.bfloat16,
+    implementation: str = "auto",
+) -> Float[Array, "t n"]:
+    """x @ weight^T for a few tokens, with float32 accumulation; optionally an RMS norm of x first.
+
+    "reference" is plain jnp in float32 and takes any number of tokens. "mosaic_gpu" is the kernel
+    for Hopper: x in bfloat16, at most 16 rows, weights as a checkpoint stores them. "auto" takes
+    the kernel where it can run: in a program for GPUs. On a GPU without the kernel, or with
+    arguments that it does not take, the reason is logged once.
+
+    Args:
+      x: tokens.
+      weight: bfloat16, or float8_e4m3fn codes (none of them NaN) with `scale`.
+      scale: float32, for n / units rows (64 or 128) and 128 columns of FP8 codes.
+      norm: the weight of an RMS norm; x is divided by its root mean square, rounded to its type,
+        and multiplied with this.
+      epsilon: of the norm.
+      out_dtype: bfloat16 or float32.
+      implementation: "auto", or the name of one, which then runs or raises.
+
+    Returns:
+      [t, n]. Within one implementation a row's bits depend on nothing but the row: not on t, its
+      place, or other rows.
+
+    Raises:
+      ValueError: on shapes, types or weights that do not fit, or an unknown implementation.
+      NotImplementedError: if "mosaic_gpu" cannot run here.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    _check(x, weight, scale, norm, out_dtype)
+    options = dict(epsilon=epsilon, out_dtype=jnp.dtype(out_dtype))
+    reference = functools.partial(linear_reference, **options)
+    if implementation == "reference":
+        return reference(x, weight, scale, norm)
+    refusal = misfit(x, weight) or kernel_absence()
+    if refusal is None:
+        from pallas_kernels.linear.mosaic_gpu import linear_mosaic
+
+        kernel = functools.partial(linear_mosaic, **options)
+        other = reference
+        if implementation == "mosaic_gpu":
+            other = functools.partial(_refuse, out_dtype=options["out_dtype"])
+        return jax.lax.platform_dependent(x, weight, scale, norm, cuda=kernel, default=other)
+    if implementation == "mosaic_gpu":
+        raise refusal
+    if jax.default_backend() == "gpu":
+        _log_once(str(refusal))
+    return reference(x, weight, scale, norm)
+
+
+def misfit(x, weight) -> ValueError | None:
+    """Why the kernel cannot take these arguments."""
+    if x.dtype != jnp.bfloat16:
+        return ValueError(
+            f"implementation='mosaic_gpu' takes x in bfloat16, not {x.dtype}: cast it, or use "
+            "implementation='reference'."
+        )
+    if weight.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        return ValueError(
+            f"implementation='mosaic_gpu' takes weights in bfloat16 or float8_e4m3fn, not "
+            f"{weight.dtype}: cast them, or use implementation='reference'."
+        )
+    if not 1 <= x.shape[0] <= MOST_TOKENS:
+        return ValueError(
+            f"implementation='mosaic_gpu' takes 1 to {MOST_TOKENS} tokens, not {x.shape[0]}: for "
+            "many, XLA's own product is better."
+        )
+    if plan_for(*weight.shape, weight.dtype.itemsize) is None:
+        return ValueError(
+            f"implementation='mosaic_gpu' has no way to cut {weight.dtype} weights "
+            f"{weight.shape}: use implementation='reference'."
+        )
+    return None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _log.warning("A linear runs on the slow reference: %s", reason)
+
+
+def _refuse(x, weight, scale, norm, *, out_dtype):
+    """Stands for the kernel in programs for other platforms; to lower it raises."""
+    return _refusal().bind(x, n=weight.shape[0], out_dtype=out_dtype)
+
+
+@functools.cache
+def _refusal():
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
+
+    primitive = Primitive("linear_mosaic_gpu_elsewhere")
+    primitive.def_abstract_eval(
+        lambda x, *, n, out_dtype: x.update(shape=(x.shape[0], n), dtype=out_dtype)
+    )
+
+    def lower(context, _, **__):
+        platforms = context.module_context.platforms
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
+            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
+        )
+
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+def _check(x, weight, scale, norm, out_dtype):
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x {x.shape} and weight {weight.shape} must be [t, d] and [n, d].")
+    if norm is not None and (norm.shape != x.shape[1:] or norm.dtype != x.dtype):
+        raise ValueError(
+            f"norm is {norm.dtype} {norm.shape}; x {x.dtype} {x.shape} needs {x.dtype} "
+            f"{x.shape[1:]}."
+        )
+    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"out_dtype={jnp.dtype(out_dtype)} is not bfloat16 or float32.")
+    if (weight.dtype == jnp.float8_e4m3fn) != (scale is not None):
+        raise ValueError(
+            f"weight is {weight.dtype}, scale is {'missing' if scale is None else 'given'}: "
+            "float8_e4m3fn weights have scales, no others do."
+        )
+    if scale is None:
+        return
+    n, d = weight.shape
+    shapes = [(n // unit, -(-d // SEGMENT)) for unit in UNITS if n % unit == 0]
+    if scale.dtype != jnp.float32 or scale.shape not in shapes:
+        raise ValueError(
+            f"scale is {scale.dtype} {scale.shape}; weight {weight.shape} needs float32, one for "
+            f"64 or 128 rows that divide {n} and 128 columns: {shapes}."
+        )
