@@ -98,7 +98,7 @@ def missing() -> str | None:
 
 
 def report(case: str, devices: int = 1) -> Report:
-    """Compiles a case of cases.py in a process of its own.
+    """Compiles a case, of cases.py or as MODULE:NAME, in a process of its own.
 
     Raises:
       RuntimeError: if it fails, with the end of what it said.
@@ -119,7 +119,7 @@ def report(case: str, devices: int = 1) -> Report:
         command = [
             sys.executable,
             __file__,
-            f"cases:{case}",
+            case if ":" in case else f"cases:{case}",
             f"--devices={devices}",
             f"--dump={dump}",
         ]

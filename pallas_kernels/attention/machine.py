@@ -1,0 +1,261 @@
+"""What threads do, written once: as machine code here, or by a test in numpy.
+
+A `Reg` is one 32-bit register of each thread: an int, a float or a condition. `Machine` has what
+has no operator. Tests hold a second machine whose registers are numpy arrays, one element a thread.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+_PREDICATES = {"<": "slt", "<=": "sle", ">": "sgt", ">=": "sge", "==": "eq"}
+_MMA = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+)
+
+
+class Reg:
+    """A value of each thread; operators are those of signed ints, or of floats."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is a float."""
+        return isinstance(self.value.type, ir.F32Type)
+
+    def _with(self, other, name: str) -> "Reg":
+        other = other if isinstance(other, Reg) else Reg(utils.c(other, self.value.type))
+        return Reg(getattr(arith, name)(self.value, other.value))
+
+    def __add__(self, other):
+        return self._with(other, "addf" if self.is_float else "addi")
+
+    def __sub__(self, other):
+        return self._with(other, "subf" if self.is_float else "subi")
+
+    def __mul__(self, other):
+        return self._with(other, "mulf" if self.is_float else "muli")
+
+    def __truediv__(self, other):
+        return self._with(other, "divf")
+
+    def __floordiv__(self, other):
+        return self._with(other, "divui")
+
+    def __mod__(self, other):
+        return self._with(other, "remui")
+
+    def __and__(self, other):
+        return self._with(other, "andi")
+
+    def __or__(self, other):
+        return self._with(other, "ori")
+
+    def __lshift__(self, other):
+        return self._with(other, "shli")
+
+    def __rshift__(self, other):
+        return self._with(other, "shrui")
+
+    def _compare(self, other, sign: str) -> "Reg":
+        other = other if isinstance(other, Reg) else Reg(utils.c(other, self.value.type))
+        predicate = getattr(arith.CmpIPredicate, _PREDICATES[sign])
+        return Reg(arith.cmpi(predicate, self.value, other.value))
+
+    def __lt__(self, other):
+        return self._compare(other, "<")
+
+    def __le__(self, other):
+        return self._compare(other, "<=")
+
+    def __gt__(self, other):
+        return self._compare(other, ">")
+
+    def __ge__(self, other):
+        return self._compare(other, ">=")
+
+    def equals(self, other):
+        """Whether they are the same int."""
+        return self._compare(other, "==")
+
+
+class Machine:
+    """The threads of a block; references are memrefs, indices count elements of `width` bytes."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.thread = Reg(utils.thread_idx())
+
+    def const(self, value: int | float) -> Reg:
+        """The same int or float in all threads."""
+        return Reg(utils.c(value, _i32() if isinstance(value, int) else _f32()))
+
+    def where(self, condition: Reg, a: Reg, b: Reg) -> Reg:
+        """a or b."""
+        return Reg(arith.select(condition.value, a.value, b.value))
+
+    def minimum(self, a: Reg, b: Reg | int) -> Reg:
+        """The lesser int."""
+        return a._with(b, "minsi")
+
+    def maximum(self, a: Reg, b: Reg | int) -> Reg:
+        """The greater int or float."""
+        return a._with(b, "maximumf" if a.is_float else "maxsi")
+
+    def load(self, ref, index: Reg, width: int, words: int, where: Reg | None = None) -> list[Reg]:
+        """1, 2 or 4 words of global memory, issued in the order of the calls; zeros if not where.
+
+        Past the first-level cache only where the hardware must: others may have written before this
+        launch, nobody else writes what is read during it.
+        """
+        outputs = [f"${i}" for i in range(words)]
+        target = outputs[0] if words == 1 else "{" + ", ".join(outputs) + "}"
+        kind = f"ld.global{'' if words == 1 else f'.v{words}'}.b32"
+        pointer, operands, constraints = _at(ref, index, width), [], "l"
+        text = f"{kind} {target}, [${words}];"
+        if where is not None:
+            zeros = " ".join(f"mov.b32 {out}, 0;" for out in outputs)
+            text = f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0; {zeros} @p {text} }}"
+            operands, constraints = [_flag(where)], "l,r"
+        constraints = ",".join(["=&r"] * words + [constraints])
+        return _results(words, _i32(), [pointer, *operands], text, constraints, True)
+
+    def store(self, ref, index: Reg, width: int, words: Sequence[Reg], where: Reg) -> None:
+        """1, 2 or 4 words to global memory, where the condition holds."""
+        n = len(words)
+        sources = [f"${i + 2}" for i in range(n)]
+        source = sources[0] if n == 1 else "{" + ", ".join(sources) + "}"
+        kind = f"st.global{'' if n == 1 else f'.v{n}'}.b32"
+        text = f"{{ .reg .pred p; setp.ne.s32 p, $0, 0; @p {kind} [$1], {source}; }}"
+        operands = [_flag(where), _at(ref, index, width), *(_word(w).value for w in words)]
+        llvm.inline_asm(
+            None, operands, text, ",".join(["r", "l"] + ["r"] * n), has_side_effects=True
+        )
+
+    def load_shared(self, ref, index: Reg, count: int) -> list[Reg]:
+        """1, 2 or 4 floats of shared memory."""
+        pointer = _at(ref, index, 4)
+        if count == 1:
+            return [Reg(llvm.load(_f32(), pointer, alignment=4))]
+        return _split(llvm.load(ir.VectorType.get((count,), _f32()), pointer, alignment=4 * count))
+
+    def store_shared(self, ref, index: Reg, values: Sequence[Reg], where: Reg) -> None:
+        """1, 2 or 4 floats to shared memory, where the condition holds."""
+        n = len(values)
+        sources = [f"${i + 2}" for i in range(n)]
+        source = sources[0] if n == 1 else "{" + ", ".join(sources) + "}"
+        kind = f"st.shared{'' if n == 1 else f'.v{n}'}.f32"
+        text = f"{{ .reg .pred p; setp.ne.s32 p, $0, 0; @p {kind} [$1], {source}; }}"
+        operands = [_flag(where), _at(ref, index, 4), *(v.value for v in values)]
+        llvm.inline_asm(
+            None, operands, text, ",".join(["r", "r"] + ["f"] * n), has_side_effects=True
+        )
+
+    def barrier(self) -> None:
+        """All threads of the block meet; what they wrote to shared memory can be read."""
+        llvm.inline_asm(None, [], f"bar.sync 0, {self.threads};", "", has_side_effects=True)
+
+    def multiply(self, a: Sequence[Reg], b: Sequence[Reg], c: Sequence[Reg]) -> list[Reg]:
+        """A warp's product of 16 x 16 and 16 x 8 bfloat16 plus c; fragments as PTX has them."""
+        operands = [r.value for r in (*a, *b, *c)]
+        constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+        return _results(4, _f32(), operands, _MMA, constraints)
+
+    def swap(self, value: Reg, mask: int) -> Reg:
+        """The value of the lane whose number differs in the bits of `mask`."""
+        text = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;"
+        (found,) = _results(1, _i32(), [_word(value).value], text, "=r,r", True)
+        return self.as_float(found) if value.is_float else found
+
+    def exp2(self, x: Reg) -> Reg:
+        """2^x."""
+        return _results(1, _f32(), [x.value], "ex2.approx.ftz.f32 $0, $1;", "=f,f")[0]
+
+    def fma(self, a: Reg, b: Reg, c: Reg) -> Reg:
+        """a b + c, rounded once."""
+        operands = [a.value, b.value, c.value]
+        return _results(1, _f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")[0]
+
+    def pack(self, low: Reg, high: Reg) -> Reg:
+        """Two floats, rounded to bfloat16, in one word."""
+        operands = [high.value, low.value]
+        return _results(1, _i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")[0]
+
+    def halves(self, a: Reg, b: Reg, high: bool) -> Reg:
+        """The low halves of two words in one word, or their high halves."""
+        selector = 0x7632 if high else 0x5410
+        operands = [a.value, b.value]
+        return _results(1, _i32(), operands, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r")[0]
+
+    def unpack(self, word: Reg) -> tuple[Reg, Reg]:
+        """A word's two bfloat16 as floats, the low one first."""
+        high = word & ~0xFFFF
+        return self.as_float(word << 16), self.as_float(high)
+
+    def as_float(self, word: Reg) -> Reg:
+        """The same bits."""
+        return Reg(arith.bitcast(_f32(), word.value))
+
+    def to_float(self, value: Reg) -> Reg:
+        """The float of an int."""
+        return Reg(arith.sitofp(_f32(), value.value))
+
+    def repeat(self, count: Reg, step: Callable, carry: Sequence[Reg]) -> list[Reg]:
+        """carry = step(i, carry) for i in 0 ... count - 1."""
+        loop = scf.ForOp(
+            utils.c(0, _i32()), count.value, utils.c(1, _i32()), [r.value for r in carry]
+        )
+        with ir.InsertionPoint(loop.body):
+            inner = [Reg(value) for value in loop.inner_iter_args]
+            results = step(Reg(loop.induction_variable), inner)
+            scf.yield_([r.value for r in results])
+        return [Reg(value) for value in loop.results]
+
+    @contextlib.contextmanager
+    def only(self, condition: Reg):
+        """Threads for which the condition does not hold skip what follows; no results of it."""
+        with utils.when(condition.value):
+            yield
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _f32():
+    return ir.F32Type.get()
+
+
+def _flag(condition: Reg):
+    return arith.extui(_i32(), condition.value)
+
+
+def _word(reg: Reg) -> Reg:
+    return Reg(arith.bitcast(_i32(), reg.value)) if reg.is_float else reg
+
+
+def _at(ref, index: Reg, width: int):
+    wide = ir.IntegerType.get_signless(64)
+    offset = arith.muli(arith.extsi(wide, index.value), utils.c(width, wide))
+    pointer = utils.memref_ptr(ref)
+    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
+
+
+def _results(count, kind, operands, text, constraints, effects=False) -> list[Reg]:
+    if count == 1:
+        return [Reg(llvm.inline_asm(kind, operands, text, constraints, has_side_effects=effects))]
+    struct = llvm.StructType.get_literal([kind] * count)
+    result = llvm.inline_asm(struct, operands, text, constraints, has_side_effects=effects)
+    return [Reg(llvm.extractvalue(kind, result, [i])) for i in range(count)]
+
+
+def _split(vec) -> list[Reg]:
+    n = ir.VectorType(vec.type).shape[0]
+    i64 = ir.IntegerType.get_signless(64)
+    return [Reg(llvm.extractelement(vec, utils.c(i, i64))) for i in range(n)]

@@ -1,0 +1,25 @@
+"""Which of the two kernels a call takes: a ring is read at once, a long cache in chunks."""
+
+import functools
+
+import jax
+
+from pallas_kernels.attention.chunked import Chunked, Launch, chunked_attention
+from pallas_kernels.attention.ring import Ring, ring_attention
+
+
+def shape_of(q, keys, values, window, sink: bool, launch: Launch | None = None) -> Ring | Chunked:
+    """The call's shapes, with the work of a thread block."""
+    b, t, n, h = q.shape
+    k, s = keys.shape[1:3]
+    if window is not None:
+        return Ring(b, t, n, h, values.shape[3], k, s, window, sink)
+    return Chunked(b, t, n, h, values.shape[3], k, s, launch or Launch())
+
+
+@functools.partial(jax.jit, static_argnames=("window", "launch"))
+def decode_attention_mosaic(q, keys, values, start, live, sink, *, window, launch=None):
+    """See `api.decode_attention`; `launch` is for long caches."""
+    if window is not None:
+        return ring_attention(q, keys, values, start, live, sink, window)
+    return chunked_attention(q, keys, values, start, live, sink, launch)

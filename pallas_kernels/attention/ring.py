@@ -1,0 +1,307 @@
+"""Attention over a window's ring: one small thread block for each 16 query rows, no copies.
+
+All of a ring, 135 rows for a window of 128, is loaded at once into registers, 16 rows a warp, as
+the products want it. The warps' shares are put together in shared memory by ascending row. What
+bounds this is one trip to memory, the launch, and the SMs that take part.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+KEYS = 16
+"""Rows of a ring in a warp's share."""
+ROWS = 16
+"""Query rows of a thread block."""
+MOST_WARPS = 16
+LOG2E = math.log2(math.e)
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Shapes of a call; a thread block's work, on a `Machine` or on numpy's stand-in.
+
+    Attributes:
+      b, t, n, h, v, k, s: see the README of the repository: batch, block, query heads, their size,
+        the values' size, key/value heads, rows of the ring.
+      window: positions that a query sees, itself included.
+      sink: whether each head has one more logit.
+    """
+
+    b: int
+    t: int
+    n: int
+    h: int
+    v: int
+    k: int
+    s: int
+    window: int
+    sink: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key/value head."""
+        return self.n // self.k
+
+    @property
+    def tiles(self) -> int:
+        """Thread blocks of a key/value head."""
+        return -(-self.t * self.group // ROWS)
+
+    @property
+    def shares(self) -> int:
+        """Warps that have keys."""
+        return -(-self.s // KEYS)
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a thread block."""
+        return -(-self.shares // 4)
+
+    @property
+    def columns(self) -> list[tuple[int, int]]:
+        """(first column, columns of a lane) of the value columns' pieces: 8 lanes side by side."""
+        whole = [(64 * i, 8) for i in range(self.v // 64)]
+        return whole + ([(self.v - 32, 4)] if self.v % 64 else [])
+
+    def misfit(self) -> str | None:
+        """Why the kernel cannot take these shapes."""
+        if self.shares > MOST_WARPS:
+            return f"a ring of {self.s} rows; at most {KEYS * MOST_WARPS} fit one thread block"
+        if self.h % 16 or self.v % 32:
+            return f"heads of {self.h} and {self.v}; they must be multiples of 16 and 32"
+        return None
+
+    # --- one thread block -------------------------------------------------------------------------
+
+    def run(self, m, block, refs):
+        """Writes the output rows of one thread block."""
+        lane, warp = m.thread % 32, m.thread // 32
+        g, c = lane // 4, lane % 4
+        tile, head = block % self.tiles, block // self.tiles
+        sequence, kv = head // self.k, head % self.k
+        rows = [tile * ROWS + g, tile * ROWS + g + 8]
+        shared = m.const(self.shares) > warp
+        query = [self._query(m, refs["q"], sequence, kv, row, c) for row in rows]
+        first = (sequence * self.k + kv) * self.s
+        key = [self._key(m, refs["keys"], first, warp * KEYS + g + 8 * i, c) for i in (0, 1)]
+        mine = [warp * KEYS + c * 2 + place for place in (0, 1, 8, 9)]
+        value = [self._value(m, refs["values"], first, row, g) for row in mine]
+        (start,) = m.load(refs["start"], sequence, 4, 1)
+        (live,) = m.load(refs["live"], sequence, 4, 1)
+        positions = [self._position(m, start + live - 1, row) for row in mine]
+        # What no row of the block sees may be anything, NaN too: 0 times NaN is not 0.
+        used = [(p >= 0) & (p > start - self.window) for p in positions]
+        value = [
+            [[m.where(use, word, m.const(0)) for word in piece] for piece in row]
+            for use, row in zip(used, value, strict=True)
+        ]
+        scores = [self._scores(m, query, keys) for keys in key]
+        token = [row // self.group for row in rows]
+        seen = [
+            [
+                use & (p <= start + t) & (p > start + t - self.window)
+                for p, use in zip(positions, used, strict=True)
+            ]
+            for t in token
+        ]
+        tops, totals, weights = self._soften(m, scores, seen)
+        sums = self._mix(m, weights, value)
+        self._leave(m, refs, warp, lane, shared, tops, totals, sums)
+        m.barrier()
+        self._finish(m, refs, sequence, kv, tile)
+
+    def _query(self, m, ref, sequence, kv, row, c):
+        """A lane's pieces of a query row."""
+        row = m.minimum(row, self.t * self.group - 1)
+        token, head = row // self.group, kv * self.group + row % self.group
+        return self._pieces(m, ref, ((sequence * self.t + token) * self.n + head) * self.h, c)
+
+    def _key(self, m, ref, first, row, c):
+        """A lane's pieces of a ring's row; of rows past the last, of the last."""
+        return self._pieces(m, ref, (first + m.minimum(row, self.s - 1)) * self.h, c)
+
+    def _pieces(self, m, ref, start, c):
+        """4 words for 32 columns, 8 a lane, and 2 for the last 16.
+
+        The order of columns in a product is free, as long as queries and keys have the same.
+        """
+        found = [m.load(ref, start + (c * 8 + 32 * i), 2, 4, None) for i in range(self.h // 32)]
+        if self.h % 32:
+            found.append(m.load(ref, start + (c * 4 + (self.h - 16)), 2, 2))
+        return found
+
+    def _value(self, m, ref, first, row, g):
+        """A lane's columns of a row of values."""
+        start = (first + m.minimum(row, self.s - 1)) * self.v
+        return [
+            m.load(ref, start + (g * width + column), 2, width // 2)
+            for column, width in self.columns
+        ]
+
+    def _position(self, m, last, row):
+        """The position that a ring's row holds, negative if none; see `reference.positions`."""
+        found = last - (last - row + self.s) % self.s
+        return m.where(m.const(self.s) > row, found, m.const(-1))
+
+    def _scores(self, m, query, keys):
+        """Products of 16 query rows with 8 keys: even and odd steps apart, then added."""
+        sums = [[m.const(0.0)] * 4, [m.const(0.0)] * 4]
+        steps = [
+            (low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1], b[2 * i], b[2 * i + 1])
+            for low, high, b in zip(*query, keys, strict=True)
+            for i in range(len(b) // 2)
+        ]
+        for i, step in enumerate(steps):
+            sums[i % 2] = m.multiply(step[:4], step[4:], sums[i % 2])
+        return [a + b for a, b in zip(*sums, strict=True)]
+
+    def _soften(self, m, scores, seen):
+        """Maxima and sums of both rows over this warp's keys, and the weights as an operand."""
+        factor, tops, totals, halves = m.const(self.h**-0.5 * LOG2E), [], [], []
+        for half in (0, 1):
+            # Keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9, as `seen` has them.
+            own = [*scores[0][2 * half : 2 * half + 2], *scores[1][2 * half : 2 * half + 2]]
+            own = [
+                m.where(see, score * factor, m.const(MASKED))
+                for see, score in zip(seen[half], own, strict=True)
+            ]
+            top = m.maximum(m.maximum(own[0], own[1]), m.maximum(own[2], own[3]))
+            for mask in (1, 2):
+                top = m.maximum(top, m.swap(top, mask))
+            weights = [
+                m.where(see, m.exp2(score - top), m.const(0.0))
+                for see, score in zip(seen[half], own, strict=True)
+            ]
+            total = (weights[0] + weights[1]) + (weights[2] + weights[3])
+            for mask in (1, 2):
+                total = total + m.swap(total, mask)
+            tops.append(top)
+            totals.append(total)
+            halves.append((m.pack(*weights[:2]), m.pack(*weights[2:])))
+        return tops, totals, [halves[0][0], halves[1][0], halves[0][1], halves[1][1]]
+
+    def _mix(self, m, weights, value):
+        """Weighted sums of this warp's values, [half][the lane's columns in order]."""
+        found = [[], []]
+        for piece, (_, width) in enumerate(self.columns):
+            even, odd = [], []
+            for j in range(width):
+                words = [row[piece][j // 2] for row in value]
+                operand = [m.halves(*words[i : i + 2], bool(j % 2)) for i in (0, 2)]
+                sums = m.multiply(weights, operand, [m.const(0.0)] * 4)
+                # Columns j of lanes 2 c and 2 c + 1, for each of the two rows.
+                even.append((sums[0], sums[2]))
+                odd.append((sums[1], sums[3]))
+            for half in (0, 1):
+                found[half] += [pair[half] for pair in even + odd]
+        return found
+
+    def _leave(self, m, refs, warp, lane, shared, tops, totals, sums):
+        """Puts a warp's share in shared memory: 16 bytes of each lane side by side."""
+        for half in (0, 1):
+            for q in range(self.v // 16):
+                place = (warp * (self.v // 8) + (half * (self.v // 16) + q)) * 32 + lane
+                m.store_shared(refs["sums"], place * 4, sums[half][4 * q : 4 * q + 4], shared)
+            place = warp * ROWS + (lane // 4 + 8 * half)
+            owner = shared & (lane % 4).equals(0)
+            m.store_shared(refs["tops"], place, [tops[half]], owner)
+            m.store_shared(refs["totals"], place, [totals[half]], owner)
+
+    def _finish(self, m, refs, sequence, kv, tile):
+        """Adds up the shares by ascending row of the ring and writes bfloat16."""
+        pieces = 4 * self.v
+        for begin in range(0, pieces, 128 * self.warpgroups):
+            piece = m.thread + begin
+            there = m.const(pieces) > piece
+            piece = m.minimum(piece, pieces - 1)
+            lane, q = piece % 32, piece // 32
+            row = lane // 4 + (q // (self.v // 16)) * 8
+            place = tile * ROWS + row
+            there = there & (m.const(self.t * self.group) > place)
+            place = m.minimum(place, self.t * self.group - 1)
+            token, head = place // self.group, kv * self.group + place % self.group
+            mixed = self._together(m, refs, piece, row, head)
+            column = self._column(m, q % (self.v // 16), lane % 4)
+            words = [m.pack(*mixed[:2]), m.pack(*mixed[2:])]
+            at = ((sequence * self.t + token) * self.n + head) * self.v + column
+            m.store(refs["out"], at, 2, words, there)
+
+    def _column(self, m, q, c):
+        """The first of the four columns that a lane's piece q holds."""
+        whole = self.v // 64
+        found = q // 4 * 64 + c * 16 + q % 4 * 4
+        if self.v % 64:
+            rest = c * 8 + (q - 4 * whole) * 4 + 64 * whole
+            found = m.where(m.const(4 * whole) > q, found, rest)
+        return found
+
+    def _together(self, m, refs, piece, row, head):
+        """Four columns of a row: all shares, each brought to the row's greatest score."""
+        tops = [
+            m.load_shared(refs["tops"], row + ROWS * share, 1)[0] for share in range(self.shares)
+        ]
+        top = tops[0]
+        for other in tops[1:]:
+            top = m.maximum(top, other)
+        total = m.const(0.0)
+        if self.sink:
+            (logit,) = m.load(refs["sink"], head, 4, 1)
+            logit = m.as_float(logit) * m.const(LOG2E)
+            top = m.maximum(top, logit)
+            total = m.exp2(logit - top)
+        mixed = [m.const(0.0)] * 4
+        for share, own in enumerate(tops):
+            factor = m.exp2(own - top)
+            (weight,) = m.load_shared(refs["totals"], row + ROWS * share, 1)
+            total = m.fma(weight, factor, total)
+            sums = m.load_shared(refs["sums"], (piece + share * 4 * self.v) * 4, 4)
+            mixed = [m.fma(a, factor, b) for a, b in zip(sums, mixed, strict=True)]
+        total = m.maximum(total, m.const(1e-30))
+        return [value / total for value in mixed]
+
+
+def ring_attention(q, keys, values, start, live, sink, window: int):
+    """See `api.decode_attention`; one launch."""
+    b, t, n, h = q.shape
+    shape = Ring(
+        b, t, n, h, values.shape[3], keys.shape[1], keys.shape[2], window, sink is not None
+    )
+    named = dict(q=q, keys=keys, values=values, start=start, live=live)
+    if sink is not None:
+        named["sink"] = sink.astype(jnp.float32)
+    names = (*named, "out", "sums", "tops", "totals")
+
+    def body(*refs):
+        from pallas_kernels.attention.machine import Machine, Reg
+
+        kinds = (*[plgpu.RefType()] * len(names), plgpu.Layout.WG_SPLAT)
+
+        @plgpu.inline_mgpu(arg_types=kinds)
+        def run(_, *given):
+            *memory, block = given
+            machine = Machine(128 * shape.warpgroups)
+            shape.run(machine, Reg(block.registers.item()), dict(zip(names, memory, strict=True)))
+
+        run(*refs, lax.axis_index("block"))
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((b, t, n, shape.v), q.dtype),
+        grid=(b * shape.k * shape.tiles,),
+        grid_names=("block",),
+        num_threads=shape.warpgroups,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((shape.shares * ROWS * shape.v,), jnp.float32),
+            plgpu.SMEM((shape.shares * ROWS,), jnp.float32),
+            plgpu.SMEM((shape.shares * ROWS,), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="attention_ring",
+    )(*named.values())

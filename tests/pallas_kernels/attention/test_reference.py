@@ -1,0 +1,113 @@
+"""The package's reference and checks: against the model's own attention, on any jax."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import cache, distance, history, normal, reference
+
+from mimo_jax.cache import LayerCache
+from mimo_jax.model.attention import attend, causal
+from pallas_kernels.attention import api, decode_attention
+from pallas_kernels.attention.chunks import SMALLEST, Chunks
+from pallas_kernels.attention.shapes import SHAPES
+
+
+def make(rng, b=2, t=3, n=6, h=16, v=32, k=2, s=29, end=(40, 2)):
+    q = normal(rng, b, t, n, h)
+    held = [cache(history(rng, k, h, v, e), s, e, garbage=0.0) for e in end]
+    keys, values = (np.stack(x) for x in zip(*held, strict=True))
+    live = np.asarray([t, 1], np.int32)[:b]
+    return q, keys, values, np.asarray(end, np.int32) - live, live
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("with_sink", [True, False])
+def test_reference_is_what_the_model_does(window, with_sink, rng):
+    end = (40, 2) if window else (27, 2)
+    q, keys, values, start, live = make(rng, end=end)
+    sink = rng.normal(size=6).astype(np.float32) if with_sink else None
+    out = reference(q, keys, values, start, live, window, sink)
+    row = jnp.asarray(start)[:, None] + jnp.arange(3, dtype=jnp.int32)
+    places = LayerCache(jnp.asarray(keys), jnp.asarray(values)).positions(jnp.asarray(start + live))
+    visible = causal(row, places, window)
+    arrays = (jnp.asarray(x) for x in (q, keys, values))
+    wanted = attend(*arrays, visible, None if sink is None else jnp.asarray(sink))
+    assert distance(out[0], wanted[0]) < 5e-3
+    assert distance(out[1, :1], wanted[1, :1]) < 5e-3
+
+
+def test_rows_that_nobody_sees_may_hold_anything(rng):
+    q, keys, values, start, live = make(rng)
+    clean = reference(q, keys, values, start, live, 20, None)
+    from pallas_kernels.attention.reference import positions
+
+    place = np.asarray(positions(jnp.asarray(start + live), 29))
+    hidden = (place < 0) | (place <= start[:, None] - 20)
+    keys, values = (np.where(hidden[:, None, :, None], np.nan, x) for x in (keys, values))
+    dirty = reference(q, keys.astype(q.dtype), values.astype(q.dtype), start, live, 20, None)
+    assert hidden.any(axis=1).all()
+    np.testing.assert_array_equal(clean, dirty)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (
+            dict(window=28),
+            "a block of 3 needs 30 rows or more; this has 29",
+        ),
+        (dict(q=(2, 3, 5, 16)), "5 heads, the cache 2"),
+        (dict(keys=(2, 2, 29, 24)), "must be"),
+        (dict(values=(2, 2, 28, 32)), "must be"),
+        (dict(start=(3,)), "must be"),
+        (dict(sink=(5,)), "must be"),
+        (dict(q=(2, 30, 6, 16)), "a cache and a block of 30 needs 30 rows"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, what):
+    shapes = dict(
+        q=(2, 3, 6, 16), keys=(2, 2, 29, 16), values=(2, 2, 29, 32), start=(2,), live=(2,)
+    )
+    arrays = {
+        name: value if name == "window" else jnp.zeros(value)
+        for name, value in (shapes | change).items()
+    }
+    with pytest.raises(ValueError, match=what):
+        api._check(**{"sink": None, "window": None, **arrays})
+
+
+def test_an_unknown_implementation_is_refused(rng):
+    arguments = [jnp.asarray(x) for x in make(rng)]
+    with pytest.raises(ValueError, match="'fast' is not one of"):
+        decode_attention(*arguments, implementation="fast")
+
+
+def test_auto_is_the_reference_on_a_cpu(rng):
+    arguments = [jnp.asarray(x) for x in make(rng)]
+    np.testing.assert_array_equal(
+        decode_attention(*arguments, window=20),
+        decode_attention(*arguments, window=20, implementation="reference"),
+    )
+
+
+@pytest.mark.parametrize("ratio", [4, 64])
+def test_chunks_are_counted_and_placed_as_they_are_laid(ratio, rng):
+    rows = 1 << 20
+    chunks, starts = Chunks(rows, ratio), [0]
+    while starts[-1] < rows:
+        size = SMALLEST
+        while 2 * size * ratio <= starts[-1]:
+            size *= 2
+        starts.append(starts[-1] + size)
+    assert chunks.most == len(starts) - 1
+    for chunk in {0, chunks.most - 1, *rng.integers(0, chunks.most, 50)}:
+        low, size = chunks.place(np.int32(chunk), np.where)
+        assert (low, low + size) == tuple(starts[chunk : chunk + 2])
+        for end in (low, low + 1, low + size):
+            assert chunks.count(end, np.maximum) == np.searchsorted(starts, end)
+
+
+def test_real_shapes_have_caches_that_the_copy_engine_takes():
+    for shape in SHAPES.values():
+        rows = shape.rows(1000, 8)
+        assert rows == 135 if shape.window else rows % 64 == 0 and rows >= 1008
