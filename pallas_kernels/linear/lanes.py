@@ -422,7 +422,7 @@ class Lanes:
         total = None
         for warp in range(plan.warps):
             group, own = divmod(warp, 4)
-            at = 4 * kept * (_THREADS * plan.tiles * group + 32 * own)
+            at = 4 * (plan.sums_floats // (plan.warps // 4)) * group + 4 * kept * 32 * own
             values = _split(_load_at(base, at, _vector(kept, _f32()), 4 * kept))
             total = values if total is None else _accumulate(total, values, None)
         return total

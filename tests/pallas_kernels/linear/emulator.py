@@ -1,0 +1,349 @@
+"""Runs the few-token linear's PTX hooks on a CPU: 128 threads at once, an array for a register.
+
+The hooks build their program by calling a few functions of MLIR's; here these functions compute.
+So what is tested is the very code that makes the kernel: addresses, fragments, and the inline PTX,
+read line by line. Memory is bytes; a load or store outside of its array fails.
+"""
+
+import contextlib
+import re
+import types
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.linear import lanes
+
+THREADS = 128
+U32, F32 = np.uint32, np.float32
+
+
+class Memory:
+    """An array in memory, as a reference of the kernel."""
+
+    def __init__(self, array):
+        self.array, self.shape = np.ascontiguousarray(array), array.shape
+        self.bytes = self.array.reshape(-1).view(np.uint8)
+        self.type = self.array.dtype
+
+    def load(self, at, kind):
+        """One value a thread, where `at` is not None."""
+        found = np.zeros(THREADS, U32 if kind == "i32" else F32)
+        for thread, start in at:
+            assert 0 <= start <= self.bytes.size - 4 and start % 4 == 0, (start, self.bytes.size)
+            found[thread] = self.bytes[start : start + 4].view(found.dtype)[0]
+        return found
+
+    def store(self, at, values, size):
+        """One value a thread."""
+        for thread, start in at:
+            assert 0 <= start <= self.bytes.size - size and start % size == 0
+            self.bytes[start : start + size] = values[thread : thread + 1].view(np.uint8)[:size]
+
+
+class Pointer:
+    """An address in each thread."""
+
+    def __init__(self, memory, at):
+        self.memory, self.at = memory, np.broadcast_to(np.asarray(at, np.int64), THREADS)
+
+    def plus(self, count):
+        """Some bytes on."""
+        return Pointer(self.memory, self.at + np.asarray(count).astype(np.int32))
+
+    def places(self, offset=0, where=None):
+        """Of the threads that take part."""
+        live = np.ones(THREADS, bool) if where is None else where
+        return [(i, int(self.at[i]) + offset) for i in np.flatnonzero(live)]
+
+
+def full(value, dtype=U32):
+    """The same in all threads."""
+    if isinstance(value, np.ndarray):
+        return value
+    return np.full(THREADS, value & 0xFFFFFFFF if dtype is U32 else value, dtype)
+
+
+def bf16(words):
+    """The halves of words as float32: low, high."""
+    return (words << U32(16)).view(F32), (words & U32(0xFFFF0000)).view(F32)
+
+
+def pair(low, high):
+    """Two float32 rounded to the halves of words."""
+    halves = [v.astype(ml_dtypes.bfloat16).view(np.uint16).astype(U32) for v in (low, high)]
+    return halves[0] | halves[1] << U32(16)
+
+
+def mma(a, b, c):
+    """`mma.sync.m16n8k16` of four warps, in float64 and then float32."""
+    out = [np.empty(THREADS, F32) for _ in range(4)]
+    for warp in range(4):
+        own = slice(32 * warp, 32 * warp + 32)
+        left, right, sums = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+        g, two = np.arange(32) // 4, 2 * (np.arange(32) % 4)
+        for i, word in enumerate(a):
+            for odd, values in enumerate(bf16(word[own])):
+                left[g + 8 * (i % 2), two + 8 * (i // 2) + odd] = values
+        for i, word in enumerate(b):
+            for odd, values in enumerate(bf16(word[own])):
+                right[two + 8 * i + odd, g] = values
+        for i in range(4):
+            sums[g + 8 * (i // 2), two + i % 2] = c[i][own]
+        with np.errstate(invalid="ignore"):
+            sums = sums + left @ right
+        for i in range(4):
+            out[i][own] = sums[g + 8 * (i // 2), two + i % 2]
+    return out
+
+
+def prmt(a, b, selector):
+    """Bytes of a and b, chosen by the selector's digits."""
+    source = np.stack([a, b], 1).reshape(-1, 2).view(np.uint8).reshape(THREADS, 8)
+    digits = [(selector >> (4 * i)) & 15 for i in range(4)]
+    return np.ascontiguousarray(source[:, digits]).view(U32).reshape(-1)
+
+
+def lop3(a, b, c, table):
+    """Only (a | b & c)."""
+    assert table == 0xF8
+    return a | b & c
+
+
+def shuffle(value, step, clamp, members):
+    """Values of the thread whose number differs in a bit."""
+    return value[np.arange(THREADS) ^ step]
+
+
+_OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "mov.f32": lambda a: a,
+    "shl.b32": lambda a, n: a << U32(n),
+    "shr.u32": lambda a, n: a >> U32(n),
+    "and.b32": lambda a, b: a & full(b),
+    "lop3.b32": lambda a, b, c, table: lop3(a, b, full(c), table),
+    "prmt.b32": prmt,
+    "mul.bf16x2": lambda a, b: pair(*(x * y for x, y in zip(bf16(a), bf16(b), strict=True))),
+    "cvt.rn.bf16x2.f32": lambda high, low: pair(low, high),
+    "cvt.rn.bf16.f32": lambda a: pair(a, a),
+    "mul.rn.f32": lambda a, b: a * b,
+    "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(F32),
+    "rsqrt.approx.f32": lambda a: (1 / np.sqrt(a)).astype(F32),
+    "setp.ne.s32": lambda a, b: a != full(b),
+    "shfl.sync.bfly.b32": shuffle,
+}
+
+
+class Assembler:
+    """Executes an inline assembly text."""
+
+    def __init__(self, text, outputs, operands):
+        self.names = {f"${i + outputs}": value for i, value in enumerate(operands)}
+        text = text.strip()
+        for line in (text[1:-1] if text.startswith("{") else text).split(";"):
+            self.line(line.strip())
+        self.outputs = [self.names.get(f"${i}") for i in range(outputs)]
+
+    def value(self, name):
+        """Of a register or a number; a float register's bits where a word is moved."""
+        name = name.strip()
+        if name in self.names:
+            return self.names[name]
+        return int(name, 0)
+
+    def line(self, line):
+        """One instruction."""
+        if not line or line.startswith("."):
+            return
+        where = None
+        if line.startswith("@p "):
+            where, line = self.names["p"], line[3:]
+        operation, rest = line.split(None, 1)
+        if operation.startswith(("ld.", "st.")):
+            return self.memory(operation, rest, where)
+        target, *names = [name.strip() for name in rest.split(",")]
+        values = [self.value(name) for name in names]
+        if operation == "mov.b32" and isinstance(values[0], int):
+            values[0] = full(values[0])
+        elif operation == "mov.b32" and target in ("a", "b"):
+            values[0] = values[0].view(F32)
+        with np.errstate(all="ignore"):
+            self.names[target] = _OPERATIONS[operation](*values)
+
+    def memory(self, operation, rest, where):
+        """A load or a store, of one or several registers."""
+        if operation.startswith("st."):
+            address, registers = re.fullmatch(r"\[(.*)\], (.*)", rest).groups()
+        else:
+            registers, address = re.fullmatch(r"(.*), \[(.*)\]", rest).groups()
+        base, _, offset = address.partition("+")
+        pointer, names = self.names[base], registers.strip("{} ").split(",")
+        for i, name in enumerate(name.strip() for name in names):
+            places = pointer.places(int(offset or 0) + 4 * i, where)
+            kind = "f32" if operation.endswith("f32") else "i32"
+            if operation.startswith("st."):
+                size = 2 if operation.endswith("b16") else 4
+                pointer.memory.store(places, self.names[name], size)
+                continue
+            loaded = pointer.memory.load(places, kind)
+            before = self.names.get(name)
+            self.names[name] = loaded if where is None else np.where(where, loaded, before)
+
+
+def _inline_asm(kind, operands, text, constraints, has_side_effects=False):
+    outputs = sum("=" in c for c in constraints.split(","))
+    if "mma.sync" in text:
+        a, b, c = operands[:4], operands[4:6], operands[6:]
+        return mma(list(map(full, a)), b, c)
+    return Assembler(text, outputs, operands).outputs
+
+
+def _asm(kind, operands, text, constraints, effects=False):
+    found = _inline_asm(kind, operands, text, constraints)
+    return found[0] if found else None
+
+
+def _load_at(pointer, count, kind, alignment):
+    kind, n = kind if isinstance(kind, tuple) else (kind, 1)
+    pointer = pointer.plus(count)
+    assert (pointer.at % alignment == 0).all()
+    values = [pointer.memory.load(pointer.places(4 * i), kind) for i in range(n)]
+    return values if n > 1 or alignment > 4 else values[0]
+
+
+def _store(value, pointer, alignment):
+    for i, part in enumerate(value if isinstance(value, list) else [value]):
+        assert (pointer.at % alignment == 0).all()
+        pointer.memory.store(pointer.places(4 * i), part, 4)
+
+
+def _compare(predicate, a, b):
+    assert predicate == "ult"
+    return a < b
+
+
+def _struct(kinds):
+    return kinds
+
+
+def _inline_mgpu(*, arg_types, return_type=None):
+    def decorate(run):
+        return lambda *arguments: run(None, *arguments)
+
+    return decorate
+
+
+def _number(value):
+    return full(value) if not isinstance(value, np.ndarray) else value
+
+
+_FAKES = dict(
+    plgpu=types.SimpleNamespace(
+        inline_mgpu=_inline_mgpu,
+        RefType=lambda: None,
+        Layout=types.SimpleNamespace(WG_SPLAT=None, WG_STRIDED=lambda *a, **k: None),
+    ),
+    arith=types.SimpleNamespace(
+        CmpIPredicate=types.SimpleNamespace(ult="ult"),
+        cmpi=_compare,
+        select=np.where,
+        extui=lambda kind, flag: flag.astype(U32),
+        divui=lambda a, b: a // b,
+        minui=np.minimum,
+        andi=np.logical_and,
+        addf=lambda a, b: a + b,
+        mulf=lambda a, b: a * b,
+    ),
+    llvm=types.SimpleNamespace(
+        inline_asm=_inline_asm,
+        extractvalue=lambda kind, found, at: found[at[0]],
+        StructType=types.SimpleNamespace(get_literal=_struct),
+        store=_store,
+    ),
+    ir=types.SimpleNamespace(
+        MemRefType=lambda dtype: types.SimpleNamespace(element_type=dtype.type(0)),
+        F32Type=np.float32,
+    ),
+    _add=lambda a, b: _number(a) + _number(b),
+    _and=lambda a, mask: a & U32(mask),
+    _asm=_asm,
+    _at=lambda memory, index, size: Pointer(memory, index.astype(np.int64) * size),
+    _c=full,
+    _constant=lambda value: full(value, F32),
+    _f32=lambda: "f32",
+    _i32=lambda: "i32",
+    _join=lambda values: list(values),
+    _load_at=_load_at,
+    _mul=lambda a, b: _number(a) * _number(b),
+    _offset=lambda pointer, count: pointer.plus(count),
+    _scalar=full,
+    _shr=lambda a, bits: a >> U32(bits),
+    _split=lambda vector: list(vector),
+    _vector=lambda n, kind: (kind, n),
+    _warp_and_lane=lambda: (
+        np.arange(THREADS, dtype=U32) // U32(32),
+        np.arange(THREADS, dtype=U32) % U32(32),
+    ),
+    _type=lambda per_thread, dtype: None,
+    _carry=lambda values, signed=None: list(values),
+    _values=lambda fragment: fragment,
+    carrier=lambda per_thread: None,
+)
+
+
+@contextlib.contextmanager
+def emulated():
+    """The hooks of `lanes.Lanes` compute while this lasts."""
+    before = {name: getattr(lanes, name) for name in _FAKES}
+    try:
+        for name, fake in _FAKES.items():
+            setattr(lanes, name, fake)
+        yield
+    finally:
+        for name, real in before.items():
+            setattr(lanes, name, real)
+
+
+def run(plan, x, weight, scale, norm, epsilon, out_dtype, t):
+    """The whole linear, as the blocks of the grid do it, without ring and barriers."""
+    unit = 0 if scale is None else plan.rows // scale.shape[0]
+    hooks = lanes.Lanes(plan, t, unit, epsilon)
+    out = Memory(np.full((plan.split, t, plan.rows), np.nan, out_dtype))
+    x_ref = Memory(x)
+    scale_ref = None if scale is None else Memory(scale)
+    cut = weight.reshape(plan.rows, plan.split, plan.parts, plan.warps, plan.part_columns)
+    groups = plan.warps // 4
+    with emulated():
+        for cta in range(plan.groups * plan.split):
+            piece = cta % plan.split
+            first = min(cta // plan.split * plan.block_rows, plan.rows - plan.block_rows)
+            fetched = [hooks.fetch(x_ref, piece, group) for group in range(groups)]
+            if norm is not None:
+                norms = Memory(np.full((plan.warps, 16), np.nan, F32))
+                for group in range(groups):
+                    hooks.squares(fetched[group], norms, group)
+                fetched = [
+                    hooks.normed(fetched[group], norms, Memory(norm), piece, group)
+                    for group in range(groups)
+                ]
+            operands = list(map(hooks.operands, fetched))
+            for step in range(plan.steps):
+                sums_ref = np.full((groups, plan.sums_floats // groups), np.nan, F32)
+                memories = [Memory(row) for row in sums_ref]
+                for group in range(groups):
+                    scales, sums = None, None
+                    if scale is not None:
+                        scales = hooks.scales(scale_ref, first, step, piece, group)
+                    for part in range(plan.parts):
+                        stage = np.full(plan.stage_shape, 0xFF, np.uint8).repeat(plan.itemsize, 2)
+                        rows = plan.last_rows if step == plan.steps - 1 else plan.step_rows
+                        start = first + step * plan.step_rows
+                        part_of = cut[start : start + rows, piece, part]
+                        stage[:rows] = part_of.reshape(rows, plan.warps, -1).view(np.uint8)
+                        sums = hooks.multiply(
+                            sums, operands[group], scales, part, Memory(stage), group
+                        )
+                    hooks.put(sums, memories[group])
+                whole = Memory(np.stack([memory.array for memory in memories]))
+                hooks.finish(whole, out, first, step, piece)
+    return out.array.astype(np.float64).sum(0)
