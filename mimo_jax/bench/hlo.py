@@ -9,6 +9,7 @@ _CALLED = re.compile(
     r"(?:body|calls|branch_computations|true_computation|false_computation"
     r"|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _APPLIED = re.compile(r"to_apply=%?([\w.\-]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _REST = re.compile(r", (?:metadata|backend_config|frontend_attributes)=\{.*$")
@@ -85,7 +86,7 @@ class Module:
         self._texts: dict[str, str] = {}
 
     def round(self, sampled: bool = False) -> list[Launch]:
-        """What a round of the decoding loop launches: the body of the entry's last loop.
+        """What a round of the decoding loop launches: condition and body of the entry's last loop.
 
         Args:
           sampled: whether tokens are sampled: where tokens are chosen, the branch that launches
@@ -93,7 +94,8 @@ class Module:
             that launches more: a round that drafts.
         """
         loops = [line for _, op, line in self.computations[self.entry] if op == "while"]
-        return self._launches(_called(loops[-1])[-1], sampled)
+        names = _CONDITION.search(loops[-1])[1], _called(loops[-1])[-1]
+        return [one for name in names for one in self._launches(name, sampled)]
 
     def _launches(self, name: str, sampled: bool) -> list[Launch]:
         found: list[Launch] = []

@@ -2,7 +2,7 @@
 
 Kernels are known by the names of the instructions that they were made for, and instructions with
 the same text share one: a kernel's n-th run in a round belongs to the n-th of them. Kernels of
-libraries have names of their own: they belong to the library call next in the program.
+libraries and copies have names of their own: their place among the others tells what they are for.
 """
 
 import collections
@@ -96,18 +96,43 @@ def _places(events, launches, rounds) -> list[tuple[Launch | None, bool]]:
     kinds = [_class_of(event.name, of_name) for event in events]
     runs = collections.Counter(kinds)
     seen: collections.Counter = collections.Counter()
-    found: list[tuple[Launch | None, bool]] = []
-    last = -1
+    matched: list[int | None] = []
     for kind in kinds:
-        if kind is None:
-            index = _next_other(launches, last)
-            found.append((None if index is None else launches[index], False))
-            continue
-        mine = classes[kind]
-        last = mine[seen[kind] % len(mine)]
+        matched.append(None if kind is None else classes[kind][seen[kind] % len(classes[kind])])
         seen[kind] += 1
-        found.append((launches[last], runs[kind] == rounds * len(mine)))
+    found: list[tuple[Launch | None, bool]] = []
+    for kind, index in zip(kinds, _filled(matched, launches, runs), strict=True):
+        sure = kind is not None and runs[kind] == rounds * len(classes[kind])
+        found.append((None if index is None else launches[index], sure))
     return found
+
+
+def _filled(matched: list[int | None], launches, runs) -> list[int | None]:
+    """Indices of launches, those of events without a known name guessed from their neighbours'.
+
+    Such an event belongs to the next launch of which no kernel is known, if it comes before that of
+    the next known event; else to the one before.
+    """
+    unknown = [i for i, launch in enumerate(launches) if launch.same not in runs]
+    bounds: list[int] = []
+    bound = len(launches)
+    for index in reversed(matched):
+        bound = bound if index is None else index
+        bounds.append(bound)
+    filled: list[int | None] = []
+    last = -1
+    for index, bound in zip(matched, reversed(bounds), strict=True):
+        if index is None:
+            here = [i for i in unknown if last < i < bound]
+            if bound <= last:
+                # The next known event is of the next round.
+                here = [i for i in unknown if i > last] + [i for i in unknown if i < bound]
+            last = here[0] if here else last
+            filled.append(last if last >= 0 else None)
+        else:
+            last = index
+            filled.append(index)
+    return filled
 
 
 def _class_of(name: str, of_name: dict[str, str]) -> str | None:
@@ -118,14 +143,6 @@ def _class_of(name: str, of_name: dict[str, str]) -> str | None:
     # A Mosaic kernel's name may have something around it.
     held = [same for known, same in of_name.items() if known in plain and known == _plain(same)]
     return held[0] if held else None
-
-
-def _next_other(launches: Sequence[Launch], after: int) -> int | None:
-    """The next launch that is neither a fusion nor a Mosaic kernel; the last one, if none is."""
-    for index in range(after + 1, len(launches)):
-        if launches[index].kind != "fusion" and not launches[index].kind.startswith("mosaic"):
-            return index
-    return after if after >= 0 else None
 
 
 def _plain(name: str) -> str:
