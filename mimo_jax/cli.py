@@ -27,9 +27,11 @@ line of help. A module is imported when its command is asked for, and brings in 
 
 BENCHES = {
     "convert": "mimo_jax.bench.convert",
+    "drafter": "mimo_jax.bench.drafter",
     "generate": "mimo_jax.bench.generate",
     "kernels": "mimo_jax.bench.kernels",
     "qat": "mimo_jax.bench.qat",
+    "train": "mimo_jax.bench.train",
     "rank": "mimo_jax.bench.rank",
 }
 """Benchmarks by name: modules with `add_arguments(parser)` and `main(arguments) -> exit code`."""

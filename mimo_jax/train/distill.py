@@ -18,6 +18,8 @@ from mimo_jax.errors import MimoError
 from mimo_jax.train.sources import Tokens
 
 TOP_P = 0.95
+DONE = "own.json"
+"""How the answers in a folder were made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +55,35 @@ def prepare_answers(
     log: Callable,
 ) -> Tokens:
     """The rows of `generate`, kept in a folder so that a run that goes on has the same ones."""
-    done = folder / "own.json"
+    done = folder / DONE
     if not done.exists() or json.loads(done.read_text()) != dataclasses.asdict(how):
         made = generate(plan, params, tokens, how, end, log)
         np.save(folder / "own.npy", made.ids)
         np.save(folder / "own-trained.npy", made.trained)
         write_atomically(done, (json.dumps(dataclasses.asdict(how)) + "\n").encode())
+    return _load(folder)
+
+
+def read_answers(folder: Path, how: Answers) -> Tokens:
+    """The rows that `prepare_answers` keeps in a folder, for another run to use.
+
+    Raises:
+      MimoError: if there are none, or if they were made in another way.
+    """
+    done = folder / DONE
+    if not done.exists():
+        raise MimoError(f"{folder} holds no answers of a target: leave drafter.own_from out.")
+    made, wanted = json.loads(done.read_text()), dataclasses.asdict(how)
+    changed = [f"{k}: {v!r}, now {wanted.get(k)!r}" for k, v in made.items() if v != wanted.get(k)]
+    if changed:
+        raise MimoError(
+            f"{folder} holds answers made in another way ({'; '.join(changed)}): use the same "
+            "settings, or leave drafter.own_from out."
+        )
+    return _load(folder)
+
+
+def _load(folder: Path) -> Tokens:
     return Tokens(np.load(folder / "own.npy"), np.load(folder / "own-trained.npy"))
 
 

@@ -118,8 +118,9 @@ def draft_hidden(
     sequence = jnp.arange(b)[:, None, None]
 
     def windows(x: Float[Array, "b t k h"]) -> Float[Array, "ba k s h"]:
-        gathered = x[sequence, rows].reshape(b * count, window, *x.shape[2:])
-        return gathered.transpose(0, 2, 1, 3)
+        # Many windows see a row: backwards their gradients are added up, and that in float32.
+        gathered = x.astype(jnp.float32)[sequence, rows].astype(x.dtype)
+        return gathered.reshape(b * count, window, *x.shape[2:]).transpose(0, 2, 1, 3)
 
     contexts = tuple(
         LayerCache(windows(k), windows(v))

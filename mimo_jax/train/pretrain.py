@@ -191,21 +191,23 @@ def make_step(graph, optimizer: optax.GradientTransformation, recipe: Recipe, **
       **jit: options of jax.jit, such as out_shardings.
     """
 
-    def loss_fn(params, tokens, trained, total):
-        model = nnx.merge(graph, compute_params(params, recipe.rule, recipe.dtype))
+    def loss_fn(computed, tokens, trained, total):
+        model = nnx.merge(graph, computed)
         h, _, loads = run_sequences(model, tokens, recipe.capacity, recipe.remat)
         nats, _ = token_losses(model, h, tokens, recipe.chunk)
         return (nats * trained[:, 1:]).sum() / total, loads
 
+    def gradients(*arguments):
+        value, gradient = jax.value_and_grad(loss_fn, has_aux=True)(*arguments)
+        return value, jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+
     def step(state: TrainState, batch):
         tokens, trained = batch["tokens"], batch["trained"].astype(jnp.float32)
         total = jnp.maximum(trained[:, 1:].sum(), 1.0)
+        # Rounded and cast once for all parts; the masters' gradient is theirs, straight through.
+        computed = compute_params(state.params, recipe.rule, recipe.dtype)
         (loss, loads), gradient = accumulate(
-            jax.value_and_grad(loss_fn, has_aux=True),
-            recipe.accumulate,
-            state.params,
-            (tokens, trained),
-            total,
+            gradients, recipe.accumulate, computed, (tokens, trained), total
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -20,7 +20,7 @@ from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import make_mesh
 from mimo_jax.text.tokenizer import Tokenizer
 from mimo_jax.train.config import TrainConfig
-from mimo_jax.train.distill import Answers, prepare_answers
+from mimo_jax.train.distill import Answers, prepare_answers, read_answers
 from mimo_jax.train.drafter import (
     DraftRecipe,
     abstract_drafter,
@@ -273,15 +273,34 @@ def _answers(
         hottest=section.hottest,
         seed=config.data.seed,
     )
-    plan = _decoding_plan(start, placing, dtype)
-    params = load_target(start, plan.params[0], plan.param_shardings[0])
-    own = prepare_answers(out / DATA, plan, params, tokens, how, tokenizer.end_of_text_id, _say)
-    for leaf in jax.tree.leaves(params):
-        leaf.delete()
+    if section.own_from:
+        own = read_answers(_other_run(config), how)
+    else:
+        plan = _decoding_plan(start, placing, dtype)
+        params = load_target(start, plan.params[0], plan.param_shardings[0])
+        own = prepare_answers(out / DATA, plan, params, tokens, how, tokenizer.end_of_text_id, _say)
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
     # As many tokens as in a batch of data, about; the devices can share them too, however many.
     batch = config.run.batch * max(1, config.data.length // section.own_length)
     kinds.append((own.rows(section.own_length), batch))
     return kinds
+
+
+def _other_run(config: TrainConfig) -> Path:
+    """The data of the run in drafter.own_from.
+
+    Raises:
+      MimoError: if it is a drafter's for another target.
+    """
+    folder = Path(config.drafter.own_from)
+    target = read_recipe(folder).model.start
+    if target != config.model.start:
+        raise MimoError(
+            f"drafter.own_from={folder} has answers of the target {target or 'of its own'}, and "
+            f"model.start is {config.model.start}: leave it out, and they are made."
+        )
+    return folder / DATA
 
 
 def _decoding_plan(start: Start, placing: Placing, dtype: Any) -> Plan:

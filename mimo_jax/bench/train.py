@@ -1,0 +1,224 @@
+"""Speed of training steps: tokens a second and share of the peak, of mimo-nano and of 1 billion.
+
+    mimo bench train --cases nano nano-qat 1b-qat
+
+Steps are whole ones, optimiser included, on random tokens that lie on the device. Operations are
+those of `mimo_jax.train.flops`: products of active weights, without what the experts' spare places,
+the optimiser or computing again costs. The last line of stdout is one JSON object.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mimo_jax.bench.card import environment, print_json, print_table
+from mimo_jax.compilation import use_compilation_cache
+from mimo_jax.config import ModelConfig
+from mimo_jax.errors import MimoError
+from mimo_jax.presets import preset
+from mimo_jax.train.config import OptimizerSection, ScheduleSection
+from mimo_jax.train.flops import target_flops
+from mimo_jax.train.optimizer import make_optimizer, make_schedule
+from mimo_jax.train.pretrain import Recipe, abstract_target, init_params, make_step, start_state
+from mimo_jax.train.run import compute_dtype
+
+NANO = preset("mimo-nano")
+BILLION = dataclasses.replace(
+    NANO,
+    vocab_size=16384,
+    hidden_size=1024,
+    num_hidden_layers=10,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    swa_num_key_value_heads=8,
+    head_dim=96,
+    swa_head_dim=96,
+    v_head_dim=64,
+    swa_v_head_dim=64,
+    hybrid_layer_pattern=(0, 1, 0, 1, 1, 1, 0, 1, 1, 1),
+    moe_layer_freq=(0,) + (1,) * 9,
+    intermediate_size=3072,
+    moe_intermediate_size=1024,
+)
+"""mimo-nano's shape with 1.0 billion parameters, 32 experts a layer of which 4 are active."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+      config: of the target.
+      batch: rows of a step.
+      recipe: how it computes.
+      length: tokens of a row.
+    """
+
+    config: ModelConfig
+    batch: int
+    recipe: Recipe
+    length: int = 2048
+
+
+CASES = {
+    "nano": Case(NANO, 32, Recipe()),
+    "nano-qat": Case(NANO, 32, Recipe(rule="mse")),
+    "1b": Case(BILLION, 128, Recipe(accumulate=4, capacity=1.25)),
+    "1b-qat": Case(BILLION, 128, Recipe(rule="mse", accumulate=4, capacity=1.25)),
+    "1b-remat": Case(BILLION, 128, Recipe(accumulate=2, capacity=1.25, remat=True)),
+    "toy": Case(
+        dataclasses.replace(NANO, vocab_size=320, n_routed_experts=8), 2, Recipe(rule="mse"), 256
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `mimo bench train`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=["nano", "nano-qat"])
+    parser.add_argument("--batch", type=int, help="rows of a step, instead of the cases' own")
+    parser.add_argument("--steps", type=int, default=10, help="of a timed pass (default 10)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes (default 3)")
+    parser.add_argument(
+        "--peak", type=float, default=790.0, metavar="TFLOPS",
+        help="operations a second of the device, for the share (default 790, an H200's, measured)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kernels", type=int, default=0, metavar="N",
+        help="also list the N kernels that a step spends most time in",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Times the cases, and prints a table and the line of JSON."""
+    use_compilation_cache()
+    rows = []
+    for name in options.cases:
+        case = CASES[name]
+        if options.batch:
+            case = dataclasses.replace(case, batch=options.batch)
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            row = {"case": name} | time_case(case, options)
+        except (MimoError, jax.errors.JaxRuntimeError) as error:
+            # Too large for the device: the others are measured all the same.
+            row = {"case": name, "error": str(error).splitlines()[0][:300]}
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+    if not options.json:
+        _print_tables(rows)
+    print_json({"benchmark": "train", **environment(), "peak_tflops": options.peak, "cases": rows})
+    return 0
+
+
+def time_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a step and what follows from them."""
+    dtype = compute_dtype("auto")
+    recipe = dataclasses.replace(case.recipe, dtype=dtype)
+    schedule = make_schedule(ScheduleSection(), 1e-3, 1000)
+    optimizer = make_optimizer(schedule, OptimizerSection())
+    graph, abstract = abstract_target(case.config)
+    step = make_step(graph, optimizer, recipe)
+    state = jax.jit(lambda: start_state(init_params(case.config, 0), optimizer))()
+    shape = case.batch, case.length
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, case.config.vocab_size, jnp.int32)
+    batch = {"tokens": tokens, "trained": jnp.ones(shape, bool)}
+    begin = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    compile_s = time.perf_counter() - begin
+    state = _run(compiled, state, batch, 3)
+    passes = []
+    for _ in range(options.repeats):
+        begin = time.perf_counter()
+        state = _run(compiled, state, batch, options.steps)
+        passes.append((time.perf_counter() - begin) / options.steps)
+    seconds = statistics.median(passes)
+    flops = target_flops(case.config, case.batch, case.length)
+    row = {
+        "parameters": sum(p.size for p in jax.tree.leaves(abstract)),
+        "batch": case.batch,
+        "length": case.length,
+        "accumulate": recipe.accumulate,
+        "rule": recipe.rule,
+        "dtype": dtype.name,
+        "step_s": seconds,
+        "spread": (max(passes) - min(passes)) / seconds,
+        "tokens_per_second": case.batch * case.length / seconds,
+        "tflops": flops / seconds / 1e12,
+        "peak_share": flops / seconds / 1e12 / options.peak,
+        "workspace_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "compile_s": compile_s,
+    }
+    if options.kernels:
+        with traced() as events:
+            _run(compiled, state, batch, 2)
+        row["kernels"] = busiest(events, options.kernels, 2)
+    return row
+
+
+def _run(step: Any, state: Any, batch: Any, count: int) -> Any:
+    for _ in range(count):
+        state, metrics = step(state, batch)
+    # The loss is on its way to the host only when the last step is done.
+    float(metrics["loss"])
+    return jax.block_until_ready(state)
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[list[tuple[str, float]]]:
+    """Records what runs on the devices inside; fills (kernel, microseconds) in afterwards."""
+    events: list[tuple[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        try:
+            yield events
+        finally:
+            jax.profiler.stop_trace()
+        for path in Path(folder).rglob("*.xplane.pb"):
+            data = jax.profiler.ProfileData.from_file(str(path))
+            for plane in data.planes:
+                if not plane.name.startswith("/device:"):
+                    continue
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        events += [(event.name, event.duration_ns / 1e3) for event in line.events]
+
+
+def busiest(events: list[tuple[str, float]], count: int, steps: int) -> list[dict[str, Any]]:
+    """The kernels with most time, of one step: name, calls, milliseconds, share of all kernels."""
+    total: dict[str, list[float]] = {}
+    for name, duration in events:
+        total.setdefault(name, []).append(duration)
+    every = sum(map(sum, total.values()))
+    order = sorted(total.items(), key=lambda item: -sum(item[1]))
+    return [
+        {
+            "name": name,
+            "calls": len(durations) / steps,
+            "ms": sum(durations) / steps / 1e3,
+            "share": sum(durations) / every,
+        }
+        for name, durations in order[:count]
+    ]
+
+
+def _print_tables(rows: list[dict[str, Any]]) -> None:
+    columns = ("parameters", "batch", "step_s", "tokens_per_second", "tflops", "peak_share")
+    table = [(r["case"], *(r.get(c, r.get("error", "")) for c in columns)) for r in rows]
+    print_table("Training steps", ("case", *(c.replace("_", " ") for c in columns)), table)
+    for row in rows:
+        if row.get("kernels"):
+            lines = [(k["name"][:70], k["calls"], k["ms"], k["share"]) for k in row["kernels"]]
+            print_table(f"{row['case']}: a step", ("kernel", "calls", "ms", "share"), lines)
