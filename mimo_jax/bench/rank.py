@@ -315,6 +315,10 @@ class Bench:
         for context in self.contexts if "contexts" in self.parts else ():
             if context not in measured:
                 self.attempt(f"context {context}", lambda context=context: self.at(context))
+        rows = [row for row in self.result["rounds"] if row["name"] == "greedy"]
+        if len(rows) > 1 and "read_GB/s" in self.result:
+            self.result["growth"] = projection.growth(rows, self.result["read_GB/s"])
+            self.say("growth", rows=self.result["growth"])
 
     def at(self, context: int) -> None:
         """One of the other contexts."""
@@ -404,6 +408,10 @@ def show(result: dict[str, Any]) -> None:
     for row in rows:
         row[6] = row[6] / 1e9
     print_table(title, columns, rows)
+    if "growth" in result:
+        columns = ("context", "added_ms", "bytes_ms", "ratio")
+        rows = [[row[name] for name in columns] for row in result["growth"]]
+        print_table("Longer contexts: added time, and what the added bytes take", columns, rows)
     for row in result["profiles"]:
         if "us" in row:
             table = projection.grouped(row["us"], 1e3 * row["round_ms"])
@@ -428,3 +436,9 @@ def show(result: dict[str, Any]) -> None:
             f"{first['gather_us']:g} us a gather: {first['collectives']}"
         )
         print_table(title, ("round", "context", "sums ms", "round ms", *accepted), rows)
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(_parser)
+    sys.exit(main(_parser.parse_args()))

@@ -85,6 +85,26 @@ def project(round_ms: float, us: float, accepted: dict[str, float]) -> dict[str,
     }
 
 
+def growth(rows: list[dict[str, Any]], read_gbs: float) -> list[dict[str, float]]:
+    """How much longer rounds take with longer contexts, beside what their added bytes must take.
+
+    Args:
+      rows: of one kind of round: context, milliseconds, bytes.
+      read_gbs: measured bandwidth in GB/s.
+
+    Returns:
+      for each but the one with the shortest context: "context", "added_ms", "bytes_ms" and "ratio".
+    """
+    rows = sorted(rows, key=lambda row: row["context"])
+    found = []
+    for row in rows[1:]:
+        added = row["ms"] - rows[0]["ms"]
+        least = (row["bytes"] - rows[0]["bytes"]) / read_gbs / 1e6
+        known = {"context": row["context"], "added_ms": added, "bytes_ms": least}
+        found.append(known | {"ratio": added / least})
+    return found
+
+
 def grouped(us: dict[str, float], whole_us: float) -> list[tuple[str, float, float]]:
     """Rows of a table: each part's time and its share of the round, and the time between."""
     rows = [(name, value, value / whole_us) for name, value in us.items() if value]

@@ -152,6 +152,15 @@ def test_projection_by_hand():
     assert found["tokens_per_second"]["agents"] == pytest.approx(803.22, abs=0.01)
 
 
+def test_growth_by_hand():
+    rows = [
+        {"context": 4000, "ms": 7.0, "bytes": 10_000_000_000},
+        {"context": 1000, "ms": 5.0, "bytes": 6_000_000_000},
+    ]
+    (found,) = projection.growth(rows, read_gbs=4000.0)
+    assert found == {"context": 4000, "added_ms": 2.0, "bytes_ms": 1.0, "ratio": 2.0}
+
+
 def test_bytes_of_a_round_follow_the_experts_that_were_chosen():
     whole, _ = whole_and_rank(2)
     settings = settings_of()
