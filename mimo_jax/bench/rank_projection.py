@@ -85,7 +85,7 @@ def project(round_ms: float, us: float, accepted: dict[str, float]) -> dict[str,
     }
 
 
-def growth(rows: list[dict[str, Any]], read_gbs: float) -> list[dict[str, float]]:
+def growth(rows: list[dict[str, Any]], read_gbs: float) -> list[dict[str, Any]]:
     """How much longer rounds take with longer contexts, beside what their added bytes must take.
 
     Args:
