@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jax.extend.random import threefry2x32_p
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from mimo_jax.decode.nucleus import kept
 from mimo_jax.model.mimo import argmax
 from mimo_jax.sharding import Leaf, Parallel
 
@@ -37,57 +39,59 @@ class Request:
     """Drafted tokens to verify a round; 0 is plain decoding."""
 
 
-def truncate(
-    logits: Float[Array, "b t w"], top_p: Float[Array, "b"], top_k: Int32[Array, "b"]
-) -> Float[Array, "b t w"]:
-    """Sets tokens outside top-k, and then outside top-p of what is left, to -inf; ties stay."""
-    width = logits.shape[-1]
-    descending = -jnp.sort(-logits, axis=-1)
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, width), width)[:, None, None]
-    kept = jnp.where(jnp.arange(width) < count, descending, -jnp.inf)
-    mass = jax.nn.softmax(kept, axis=-1)
-    before = jnp.cumsum(mass, axis=-1) - mass
-    inside = (before < top_p[:, None, None]) | (top_p >= 1.0)[:, None, None]
-    inside = inside & jnp.isfinite(kept)
-    # The likeliest token always stays, whatever top_p is.
-    inside = inside.at[..., 0].set(True)
-    lowest = jnp.where(inside, descending, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
-
-
-def sample(
-    logits: Float[Array, "b t w"], positions: Int32[Array, "b t"], request: Request
-) -> Int32[Array, "b t"]:
-    """Samples by the Gumbel-max rule; a token's noise depends on (seed, sequence, position) only.
-
-    So drafted, plain and interrupted decoding draw the same tokens, at any temperature.
-    """
-    temperature = jnp.where(request.temperature > 0, request.temperature, 1.0)
-    scaled = truncate(logits / temperature[:, None, None], request.top_p, request.top_k)
-    root = jax.random.key(request.seed, impl="threefry2x32")
-
-    def noise(sequence, position):
-        key = jax.random.fold_in(jax.random.fold_in(root, sequence), position)
-        return jax.random.gumbel(key, (logits.shape[-1],), jnp.float32)
-
-    gumbel = jax.vmap(jax.vmap(noise, (None, 0)), (0, 0))(request.sequence, positions)
-    return jnp.argmax(scaled + gumbel, axis=-1).astype(jnp.int32)
-
-
 def choose(
     logits: Float[Array, "b t w"],
     positions: Int32[Array, "b t"],
     request: Request,
     parallel: Parallel,
 ) -> Int32[Array, "b t"]:
-    """The target's token at each position, from this device's part of the logits before it."""
-    greedy = argmax(logits, parallel)
+    """The target's token at each position, from this device's part of the logits before it.
+
+    Only if a sequence of the batch has a temperature does the device do more than an arg-max.
+    """
+    warm = (request.temperature > 0)[:, None, None]
 
     def sampled():
-        drawn = sample(parallel.gather(logits, -1), positions, request)
-        return jnp.where((request.temperature > 0)[:, None], drawn, greedy)
+        return argmax(
+            jnp.where(warm, scores(logits, positions, request, parallel), logits), parallel
+        )
 
-    return lax.cond((request.temperature > 0).any(), sampled, lambda: greedy)
+    return lax.cond(warm.any(), sampled, lambda: argmax(logits, parallel))
+
+
+def scores(
+    logits: Float[Array, "b t w"],
+    positions: Int32[Array, "b t"],
+    request: Request,
+    parallel: Parallel = Parallel(),
+) -> Float[Array, "b t w"]:
+    """What the sampled token has most of, by the Gumbel-max rule: logits plus noise.
+
+    A token's noise depends on (seed, sequence, position, token) only. So drafted, plain and
+    interrupted decoding draw the same tokens, at any temperature, on any number of devices.
+    """
+    temperature = jnp.where(request.temperature > 0, request.temperature, 1.0)
+    scaled = logits / temperature[:, None, None]
+    stays = kept(scaled, request.top_p, request.top_k, parallel)
+    root = jax.random.key(request.seed, impl="threefry2x32")
+    # Equals jax.random.bits for the whole vocabulary, of which this is a part.
+    token = (parallel.index * logits.shape[-1]).astype(jnp.uint32)
+    token = token + jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+
+    def bits(sequence, position):
+        key = jax.random.fold_in(jax.random.fold_in(root, sequence), position)
+        first, second = jax.random.key_data(key)
+        return jnp.bitwise_xor(*threefry2x32_p.bind(first, second, jnp.zeros_like(token), token))
+
+    drawn = jax.vmap(jax.vmap(bits, (None, 0)), (0, 0))(request.sequence, positions)
+    return jnp.where(stays, scaled + _gumbel(drawn), -jnp.inf)
+
+
+def _gumbel(bits: UInt32[Array, "*rows w"]) -> Float[Array, "*rows w"]:
+    """Gumbel noise from 23 of 32 random bits, as jax.random.gumbel makes it."""
+    mantissa = (bits >> 9) | jnp.uint32(0x3F800000)
+    uniform = lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0
+    return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
 
 
 def accept(

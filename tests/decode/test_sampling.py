@@ -1,4 +1,4 @@
-"""The rule that accepts drafts, truncation and noise, against slow plain Python."""
+"""The rule that accepts drafts, and noise, against slow plain Python."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from helpers import make_request
 
-from mimo_jax.decode.sampling import accept, argmax, choose, sample, truncate
+from mimo_jax.decode.sampling import accept, argmax, choose
 from mimo_jax.sharding import Parallel
+
+run_choose = jax.jit(choose, static_argnums=3)
 
 
 def accept_slowly(block, chosen, room, max_draft, eos):
@@ -48,50 +50,6 @@ def test_accept(rng):
     assert ended > 20  # About 110, give or take 11.
 
 
-def truncate_slowly(logits, top_p, top_k):
-    """Which tokens stay, of one row; and whether rounding or a tie could change that."""
-    order = sorted(range(len(logits)), key=lambda token: -logits[token])[: top_k or len(logits)]
-    weights = np.exp(np.array([logits[token] for token in order], np.float64) - max(logits))
-    weights /= weights.sum()
-    stay, mass = set(), 0.0
-    for token, weight in zip(order, weights, strict=True):
-        if mass >= top_p and top_p < 1.0 and stay:
-            break
-        stay.add(token)
-        mass += weight
-    close = top_p < 1.0 and np.abs(np.cumsum(weights) - top_p).min() < 1e-5
-    return stay, close or len(set(logits.tolist())) < len(logits)
-
-
-def test_truncate(rng):
-    compared = 0
-    run = jax.jit(truncate)
-    for number in range(200):
-        b, t, w = [(1, 2, 3), (3, 4, 39), (2, 5, 8), (2, 1, 17)][number % 4]
-        logits = rng.choice([0.3, 2.0, 8.0]) * rng.standard_normal((b, t, w))
-        logits = logits.astype(np.float32)
-        top_p = rng.choice([0.05, 0.5, 0.9, 0.999, 1.0], b).astype(np.float32)
-        top_k = rng.choice([0, 1, 2, 7, 1000], b).astype(np.int32)
-        out = np.asarray(run(jnp.asarray(logits), jnp.asarray(top_p), jnp.asarray(top_k)))
-        kept = np.isfinite(out)
-        np.testing.assert_array_equal(out[kept], logits[kept])
-        for i, j in np.ndindex(b, t):
-            stay, close = truncate_slowly(logits[i, j], top_p[i], top_k[i])
-            if not close:
-                assert set(np.flatnonzero(kept[i, j])) == stay
-                compared += 1
-    assert compared > 1000  # Of 1300.
-
-
-def test_truncate_keeps_ties_and_always_one():
-    logits = jnp.asarray([[[1.0, 3.0, 3.0, 0.0]]])
-    one, none = jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32)
-    kept = jnp.isfinite(truncate(logits, jnp.ones(1), one))
-    assert kept.tolist() == [[[False, True, True, False]]]
-    kept = jnp.isfinite(truncate(jnp.asarray([[[1.0, 3.0, 2.0]]]), jnp.zeros(1), none))
-    assert kept.tolist() == [[[False, True, False]]]
-
-
 def test_noise_depends_on_seed_sequence_and_position_alone(rng):
     w = 50
     logits = np.repeat(rng.standard_normal((1, 1, w)), 40, axis=1).astype(np.float32)
@@ -99,23 +57,24 @@ def test_noise_depends_on_seed_sequence_and_position_alone(rng):
     start = np.array([5, 9, 5])
     positions = jnp.asarray(start[:, None] + np.arange(40), jnp.int32)
     request = make_request(3, limit=9, temperature=1.0, seed=7, sequence=[4, 4, 6])
-    run = jax.jit(sample)
-    drawn = np.asarray(run(logits, positions, request))
+    drawn = np.asarray(run_choose(logits, positions, request, Parallel()))
     np.testing.assert_array_equal(drawn[0, 4:], drawn[1, :-4])  # Same sequence, other slots.
     assert (drawn[0] != drawn[2]).mean() > 0.5
     assert len(np.unique(drawn[0])) > 5
     other = make_request(3, limit=9, temperature=1.0, seed=8, sequence=[4, 4, 6])
-    assert (drawn != np.asarray(run(logits, positions, other))).mean() > 0.5
+    assert (drawn != np.asarray(run_choose(logits, positions, other, Parallel()))).mean() > 0.5
 
 
 def test_greedy_and_sampled_sequences_share_a_batch(rng):
     logits = jnp.asarray(rng.standard_normal((3, 6, 33)), jnp.float32)
     positions = jnp.asarray(rng.integers(0, 99, (3, 1)) + np.arange(6), jnp.int32)
     request = make_request(3, limit=9, temperature=[0.0, 1.0, 0.0], seed=3)
-    mixed = np.asarray(jax.jit(choose, static_argnums=3)(logits, positions, request, Parallel()))
+    mixed = np.asarray(run_choose(logits, positions, request, Parallel()))
     greedy = np.argmax(np.asarray(logits), axis=-1)
     np.testing.assert_array_equal(mixed[[0, 2]], greedy[[0, 2]])
-    np.testing.assert_array_equal(mixed[1], jax.jit(sample)(logits, positions, request)[1])
+    warm = make_request(3, limit=9, temperature=1.0, seed=3)
+    drawn = run_choose(logits, positions, warm, Parallel())
+    np.testing.assert_array_equal(mixed[1], drawn[1])
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])

@@ -13,6 +13,7 @@ from hlo import Module
 
 from mimo_jax import cache
 from mimo_jax.config import MTPConfig
+from mimo_jax.decode.nucleus import THRESHOLDS
 from mimo_jax.decode.program import Settings, make_plan, make_program, state_maker
 from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.sharding import make_mesh
@@ -77,11 +78,14 @@ def test_collectives_of_a_round(module):
         ("all-reduce", (("f32", block),)): 2 * layers + 2 * draft_layers + 1,
         # The anchor's embedding.
         ("all-reduce", (("f32", (d,)),)): 1,
-        # The projected features; every device's best logit and its token; all logits, if sampled.
+        # The projected features; every device's best logit and its token, in the branches for
+        # greedy and for sampled tokens, and the likeliest before the latter.
         ("all-gather", (("f32", block),)): 1,
-        ("all-gather", (("f32", drafted),)): 1,
-        ("all-gather", (("s32", drafted),)): 1,
-        ("all-gather", (("f32", (BLOCK, CONFIG.vocab_size)),)): 1,
+        ("all-gather", (("f32", drafted),)): 3,
+        ("all-gather", (("s32", drafted),)): 2,
+        # A pass of the searches for top-k and top-p.
+        ("all-reduce", (("u32", (BLOCK, THRESHOLDS["cpu"])),)): 1,
+        ("all-reduce", (("u32", (4, BLOCK, THRESHOLDS["cpu"])),)): 1,
         # The same for the drafts.
         ("all-gather", (("f32", (BLOCK - 1, DEVICES)),)): 1,
         ("all-gather", (("s32", (BLOCK - 1, DEVICES)),)): 1,
@@ -90,11 +94,11 @@ def test_collectives_of_a_round(module):
 
 
 def test_no_weight_is_gathered(module):
-    """Activations of a chunk, or a block's logits, are the largest thing that any gather makes."""
+    """Activations of a chunk are the largest thing that any gather makes."""
     everything = module.run_by(module.entry)
     gathered = [i for i in everything if i.opcode.startswith("all-gather")]
     assert gathered
-    most = max(64 * CONFIG.hidden_size, BLOCK * CONFIG.vocab_size)
+    most = 64 * CONFIG.hidden_size
     assert max(i.elements for i in gathered) <= most
     smallest_weight = CONFIG.hidden_size * CONFIG.num_attention_heads * CONFIG.v_head_dim
     assert most < smallest_weight
@@ -199,9 +203,10 @@ def test_collectives_of_a_round_of_mtp(mtp):
             ("all-reduce", (("f32", (block, d)),)): 2 * CONFIG.num_hidden_layers + 2,
             # Two a layer on its newest row, and the embeddings of all drafts but the last.
             ("all-reduce", (("f32", (d,)),)): 2 * MTP_LAYERS + MTP_LAYERS - 1,
-            ("all-gather", (("f32", (block, DEVICES)),)): 1,
-            ("all-gather", (("s32", (block, DEVICES)),)): 1,
-            ("all-gather", (("f32", (block, CONFIG.vocab_size)),)): 1,
+            ("all-gather", (("f32", (block, DEVICES)),)): 3,
+            ("all-gather", (("s32", (block, DEVICES)),)): 2,
+            ("all-reduce", (("u32", (block, THRESHOLDS["cpu"])),)): 1,
+            ("all-reduce", (("u32", (4, block, THRESHOLDS["cpu"])),)): 1,
             # Every device's best logit and its token, for each draft.
             ("all-gather", (("f32", (DEVICES,)),)): MTP_LAYERS,
             ("all-gather", (("s32", (DEVICES,)),)): MTP_LAYERS,
