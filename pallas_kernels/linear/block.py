@@ -2,8 +2,8 @@
 
 Barriers, and why nothing can wait for ever. A block never waits for another one.
 
-- `full[s]`: the producer arms it with a stage's bytes and starts the copy; consumers wait. One
-  phase a copy into place s, waited for once by each consumer, in order.
+- `full[s]`: the producer arms it with a stage's bytes and starts the copy, whose end completes it;
+  consumers wait. One phase a copy into place s, waited for once by each consumer, in order.
 - `empty[s]` (only if a place is used twice): each consumer warpgroup arrives once for each copy
   that it has read; the producer waits before the next copy into s. So the n-th copy into s needs
   the reads of copy n - 1, which needs only copies and reads before it.
@@ -14,11 +14,11 @@ Barriers, and why nothing can wait for ever. A block never waits for another one
   `normed`, at which each consumer warpgroup arrives when its sums of squares are written; each
   waits once for both.
 
-All loops count the same steps: they depend on the plan alone. No phase can be lost: the next one of
-a barrier cannot end before who waits for this one has gone on (for `full`, the producer first
-waits for `empty`, where each consumer arrives; for `put`, consumers first wait for `taken`; and so
-on). At the end the producer waits for the last `empty` and consumers for the last `taken`, so that
-every phase is seen.
+All loops count the same steps: they depend on the plan alone. Who waits says for which of a
+barrier's phases, by its parity; the next one cannot end before all have gone on (for `full`, the
+producer first waits for `empty`, where each consumer arrives; for `put`, consumers first wait for
+`taken`; and so on). At the end the producer waits for the last `empty` and consumers for the last
+`taken`, so that nothing is under way when a block ends.
 """
 
 import dataclasses
@@ -50,13 +50,25 @@ class Hooks(typing.Protocol):
         """Returns what was fetched as `multiply` takes it."""
 
     def scales(self, scale_ref, first_row, step, piece, group):
-        """Starts to load a step's scales; FP8."""
+        """Starts to load a step's scales, of any step; FP8."""
 
     def multiply(self, sums, x, scales, part, stage_ref, group):
         """Returns sums plus a stage's weights times x; sums are None at a step's first stage."""
 
-    def free(self):
-        """Lets the copy engine write over what this thread has read: before `empty` is told."""
+    def arrive(self, place, index):
+        """Arrives for this warpgroup at one of a row of barriers."""
+
+    def give_back(self, place, index, sums):
+        """The same, after what was read from a stage for these sums."""
+
+    def wait(self, place, index, nth):
+        """Waits for the nth time that all have arrived."""
+
+    def copy(self, weight_ref, row, rows, piece, part, stage_ref, place, index):
+        """Starts to copy rows of a part of a piece into a stage."""
+
+    def copy_norm(self, norm_ref, target_ref, place):
+        """Starts to copy the norm's weight."""
 
     def put(self, sums, ref):
         """Leaves a warpgroup's sums of a step in shared memory."""
@@ -85,34 +97,20 @@ class Block:
 
     def produce(self, refs):
         """Copies stage after stage, each as soon as its place in the ring is free."""
-        plan, full, empty = self.plan, refs["full"], refs.get("empty")
+        plan, hooks = self.plan, self.hooks
         piece, first_row = self.place()
         if "norm" in refs:
-            mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            plgpu.copy_gmem_to_smem(
-                refs["norm"], refs["norm_here"], refs["norm_full"], oob_mode=mode
-            )
-
-        def copy(step, part, stage, rows):
-            row = first_row + step * plan.step_rows
-            source = refs["weight"].at[pl.ds(row, rows), piece, part]
-            target = refs["ring"].at[stage]
-            if rows < plan.step_rows:
-                target = refs["ring"].at[stage, pl.ds(0, rows)]
-            # Without fill a stage that is contiguous needs no tensor map.
-            plgpu.copy_gmem_to_smem(
-                source, target, full.at[stage], oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            )
+            hooks.copy_norm(refs["norm"], refs["norm_here"], refs["norm_full"])
 
         def visit(step, rows):
+            row = first_row + step * plan.step_rows
             for part in range(plan.parts):
                 index = step * plan.parts + part
-                stage = lax.rem(index, plan.stages)
+                stage, turn = lax.rem(index, plan.stages), lax.div(index, plan.stages)
                 if not plan.once:
-                    pl.when(index >= plan.stages)(
-                        lambda stage=stage: plgpu.barrier_wait(empty.at[stage])
-                    )
-                copy(step, part, stage, rows)
+                    self.wait_if(turn > 0, refs["empty"], stage, turn - 1)
+                target = refs["ring"].at[stage]
+                hooks.copy(refs["weight"], row, rows, piece, part, target, refs["full"], stage)
 
         whole = plan.steps - (plan.last_rows < plan.step_rows)
         lax.fori_loop(0, whole, lambda step, _: visit(step, plan.step_rows), None)
@@ -121,47 +119,59 @@ class Block:
         if not plan.once:
 
             def drain(index, _):
-                plgpu.barrier_wait(empty.at[lax.rem(index, plan.stages)])
+                stage, turn = lax.rem(index, plan.stages), lax.div(index, plan.stages)
+                hooks.wait(refs["empty"], stage, turn)
 
             lax.fori_loop(plan.copies - plan.stages, plan.copies, drain, None)
 
+    def wait_if(self, condition, place, index, nth):
+        """Waits, or not."""
+        pl.when(condition)(lambda: self.hooks.wait(place, index, nth))
+
     def operands(self, refs, piece, group):
         """This warpgroup's slices of x."""
-        fetched = self.hooks.fetch(refs["x"], piece, group)
+        hooks = self.hooks
+        fetched = hooks.fetch(refs["x"], piece, group)
         if "norm" in refs:
-            self.hooks.squares(fetched, refs["norms"], group)
-            plgpu.barrier_arrive(refs["normed"])
-            plgpu.barrier_wait(refs["normed"])
-            plgpu.barrier_wait(refs["norm_full"])
-            fetched = self.hooks.normed(fetched, refs["norms"], refs["norm_here"], piece, group)
-        return self.hooks.operands(fetched)
+            hooks.squares(fetched, refs["norms"], group)
+            hooks.arrive(refs["normed"], 0)
+            hooks.wait(refs["normed"], 0, 0)
+            hooks.wait(refs["norm_full"], 0, 0)
+            fetched = hooks.normed(fetched, refs["norms"], refs["norm_here"], piece, group)
+        return hooks.operands(fetched)
 
     def consume(self, refs):
         """Multiplies each step's stages by slices of x, held in registers."""
         plan, hooks, group = self.plan, self.hooks, lax.axis_index("wg")
         piece, first_row = self.place()
+
+        def scales_of(step):
+            if "scale" not in refs:
+                return None
+            return hooks.scales(refs["scale"], first_row, step, piece, group)
+
         x = self.operands(refs, piece, group)
 
-        def visit(step, _):
-            sums, scales = None, None
-            if "scale" in refs:
-                scales = hooks.scales(refs["scale"], first_row, step, piece, group)
+        def visit(step, scales):
+            # A step ahead: they must not be waited for when the weights are there.
+            sums, ahead = None, scales_of(step + 1)
             for part in range(plan.parts):
-                stage = lax.rem(step * plan.parts + part, plan.stages)
-                plgpu.barrier_wait(refs["full"].at[stage])
+                index = step * plan.parts + part
+                stage, turn = lax.rem(index, plan.stages), lax.div(index, plan.stages)
+                hooks.wait(refs["full"], stage, turn)
                 sums = hooks.multiply(sums, x, scales, part, refs["ring"].at[stage], group)
                 if not plan.once:
-                    hooks.free()
-                    plgpu.barrier_arrive(refs["empty"].at[stage])
-            buffer = lax.rem(step, 2)
-            pl.when(step >= 2)(lambda: plgpu.barrier_wait(refs["taken"].at[buffer]))
+                    hooks.give_back(refs["empty"], stage, sums)
+            buffer, turn = lax.rem(step, 2), lax.div(step, 2)
+            self.wait_if(turn > 0, refs["taken"], buffer, turn - 1)
             hooks.put(sums, refs["sums"].at[buffer, group])
-            plgpu.barrier_arrive(refs["put"].at[buffer])
+            hooks.arrive(refs["put"], buffer)
+            return ahead
 
         def drain(step, _):
-            plgpu.barrier_wait(refs["taken"].at[lax.rem(step, 2)])
+            hooks.wait(refs["taken"], lax.rem(step, 2), lax.div(step, 2))
 
-        lax.fori_loop(0, plan.steps, visit, None)
+        lax.fori_loop(0, plan.steps, visit, scales_of(0))
         lax.fori_loop(max(0, plan.steps - 2), plan.steps, drain, None)
 
     def finish(self, refs):
@@ -169,16 +179,17 @@ class Block:
         piece, first_row = self.place()
 
         def visit(step, _):
-            buffer = lax.rem(step, 2)
-            plgpu.barrier_wait(refs["put"].at[buffer])
+            buffer, turn = lax.rem(step, 2), lax.div(step, 2)
+            self.hooks.wait(refs["put"], buffer, turn)
             self.hooks.finish(refs["sums"].at[buffer], refs["out"], first_row, step, piece)
-            plgpu.barrier_arrive(refs["taken"].at[buffer])
+            self.hooks.arrive(refs["taken"], buffer)
 
         lax.fori_loop(0, self.plan.steps, visit, None)
 
     def run(self, refs):
         """The kernel: each warpgroup takes its role and its share of the registers."""
         role, groups = lax.axis_index("wg"), self.consumers
+        refs = refs | self.hooks.make_barriers(refs, self.barriers("norm" in refs))
 
         @pl.when(role == groups + 1)
         def _():
@@ -195,24 +206,25 @@ class Block:
             plgpu.set_max_registers(self.plan.registers, action="increase")
             self.consume(refs)
 
+    def barriers(self, norm: bool) -> list[tuple[str, int, int]]:
+        """Name, number, and warpgroups that arrive; none where a copy does."""
+        stages, groups = self.plan.stages, self.consumers
+        found = [("full", stages, 0), ("put", 2, groups), ("taken", 2, 1)]
+        if not self.plan.once:
+            found.append(("empty", stages, groups))
+        return [*found, ("norm_full", 1, 0), ("normed", 1, groups)] if norm else found
+
     def scratch_types(self, dtype, norm: bool) -> dict:
         """Ring, sums and barriers."""
         plan, groups = self.plan, self.consumers
         types = dict(
             ring=plgpu.SMEM((plan.stages, *plan.stage_shape), dtype),
             sums=plgpu.SMEM((2, groups, plan.sums_floats // groups), jnp.float32),
-            full=plgpu.Barrier(num_barriers=plan.stages),
-            put=plgpu.Barrier(num_barriers=2, num_arrivals=groups),
-            taken=plgpu.Barrier(num_barriers=2),
         )
-        if not plan.once:
-            types["empty"] = plgpu.Barrier(num_barriers=plan.stages, num_arrivals=groups)
         if norm:
             types["norms"] = plgpu.SMEM((plan.warps, 16), jnp.float32)
-            types["normed"] = plgpu.Barrier(num_arrivals=groups)
             types["norm_here"] = plgpu.SMEM((plan.columns,), jnp.bfloat16)
-            types["norm_full"] = plgpu.Barrier()
-        return types
+        return types | self.hooks.barrier_types(self.barriers(norm))
 
     def call(self, inputs, out_type: jax.ShapeDtypeStruct, interpret):
         """Launches on named inputs: x, weight as `Plan` cuts it; scale, norm if there are."""
@@ -230,8 +242,7 @@ class Block:
             num_threads=self.consumers + 2,
             thread_name="wg",
             scratch_types=self.scratch_types(inputs["weight"].dtype, "norm" in inputs),
-            # Pallas' own barriers, which are the producer's only.
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
             kernel_name="linear",
             interpret=interpret,
         )

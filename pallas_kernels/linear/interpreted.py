@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear.plan import Plan
 
@@ -17,6 +18,43 @@ class Interpreted:
     t: int
     unit: int = 0
     epsilon: float = 0.0
+
+    @staticmethod
+    def barrier_types(barriers) -> dict:
+        """Pallas' own barriers, at which whole warpgroups arrive."""
+        return {
+            name: plgpu.Barrier(num_barriers=number, num_arrivals=groups or 1)
+            for name, number, groups in barriers
+        }
+
+    @staticmethod
+    def make_barriers(refs, barriers) -> dict:
+        """They are made already."""
+        return {name: refs[name] for name, _, _ in barriers}
+
+    def arrive(self, place, index):
+        """Arrives at one of a row of barriers."""
+        plgpu.barrier_arrive(place.at[index])
+
+    def give_back(self, place, index, sums):
+        """The same: the interpreter's reads are done when they are begun."""
+        plgpu.barrier_arrive(place.at[index])
+
+    def wait(self, place, index, nth):
+        """Waits; Pallas counts how often."""
+        plgpu.barrier_wait(place.at[index])
+
+    def copy(self, weight_ref, row, rows, piece, part, stage_ref, place, index):
+        """By the copy engine."""
+        plan, stage = self.plan, stage_ref
+        if rows < plan.step_rows:
+            stage = stage_ref.at[pl.ds(0, rows)]
+        source = weight_ref.at[pl.ds(row, rows), piece, part]
+        plgpu.copy_gmem_to_smem(source, stage, place.at[index])
+
+    def copy_norm(self, norm_ref, target_ref, place):
+        """By the copy engine."""
+        plgpu.copy_gmem_to_smem(norm_ref, target_ref, place.at[0])
 
     def fetch(self, x_ref, piece, group):
         """[4, t, slice] bfloat16."""
@@ -74,9 +112,6 @@ class Interpreted:
                 fresh = fresh * scales[..., part * in_part + segment][..., None]
             sums = fresh if sums is None else sums + fresh
         return sums
-
-    def free(self):
-        """Nothing: the interpreter's memory has one proxy."""
 
     def put(self, sums, ref):
         """As rows, warps, tokens, in any order that `finish` knows."""

@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
@@ -48,6 +49,7 @@ from pallas_kernels.expert_ffn.lanes import (
 from pallas_kernels.linear.plan import TILE, Plan
 
 _THREADS = 128
+_SPLATS = (plgpu.Layout.WG_SPLAT,) * 4
 # Decoded FP8 codes are bfloat16 times 2^-120 (their exponent field holds 4 bits, of another bias);
 # x is raised by 2^64 (exact) so that no product is subnormal, scales by the rest.
 _RAISED = 0x5F805F80  # the pair (2^64, 2^64) in bfloat16
@@ -81,6 +83,29 @@ _NORM_PAIR = (
     "{\n.reg .b32 p, lo, hi;\n.reg .f32 a, b;\nshl.b32 lo, $1, 16;\nand.b32 hi, $1, 0xFFFF0000;\n"
     "mov.b32 a, lo;\nmov.b32 b, hi;\nmul.rn.f32 a, a, $2;\nmul.rn.f32 b, b, $2;\n"
     "cvt.rn.bf16x2.f32 p, b, a;\nmul.bf16x2 $0, p, $3;\n}"
+)
+# Barriers for warps and for the copy engine: Pallas' own count threads, and 32 arrivals of a warp
+# at one address are carried out one after another.
+_INIT = (
+    "{{\n.reg .pred p;\nsetp.ne.u32 p, $1, 0;\n@p bra DONE;\n{}"
+    "fence.mbarrier_init.release.cluster;\nDONE:\nbar.sync 0;\n}}"
+)
+_ARRIVE = (
+    "{\n.reg .pred p;\n.reg .b32 zero, at, lane;\nmov.u32 zero, %ctaid.z;\n"
+    "and.b32 zero, zero, $1;\nadd.u32 at, $0, zero;\nmov.u32 lane, %laneid;\n"
+    "setp.eq.u32 p, lane, 0;\nbar.warp.sync 0xffffffff;\n"
+    "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [at];\n}"
+)
+_WAIT = (
+    "{\n.reg .pred p;\nWAIT:\n"
+    "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1, 10000000;\n@!p bra WAIT;\n}"
+)
+# Thread 0 says how many bytes will come, then the first threads of its warp each copy some.
+_COPY = (
+    "{\n.reg .pred p;\nsetp.eq.s32 p, $0, 0;\n"
+    "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;\nbar.warp.sync 0xffffffff;\n"
+    "setp.lt.u32 p, $0, $3;\n"
+    "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], $6, [$1];\n}"
 )
 _SQUARES = (
     "{\n.reg .b32 lo, hi;\n.reg .f32 a, b, s;\nshl.b32 lo, $1, 16;\nand.b32 hi, $1, 0xFFFF0000;\n"
@@ -153,6 +178,114 @@ class Lanes:
         start = _mul(_scalar(piece), parts * self.plan.warps * width)
         start = _add(start, _mul(warp, width))
         return [_add(start, part * self.plan.warps * width) for part in range(parts)], warp, lane
+
+    @staticmethod
+    def barrier_types(barriers) -> dict:
+        """Shared memory of barriers: `barriers` has name, number, and warpgroups that arrive."""
+        return dict(told=plgpu.SMEM((2 * sum(number for _, number, _ in barriers),), jnp.uint32))
+
+    @staticmethod
+    def make_barriers(refs, barriers) -> dict:
+        """Makes them, called by all threads; returns each name's place.
+
+        Where no warpgroup arrives, a copy does.
+        """
+        places, counts = {}, []
+        for name, number, groups in barriers:
+            places[name] = refs["told"], len(counts)
+            counts += [4 * groups or 1] * number
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def run(_, ref):
+            lines = [
+                f"mbarrier.init.shared::cta.b64 [$0+{8 * i}], {count};\n"
+                for i, count in enumerate(counts)
+            ]
+            operands = [_at(ref, _c(0), 8), utils.thread_idx()]
+            _asm(None, operands, _INIT.format("".join(lines)), "r,r", effects=True)
+
+        run(refs["told"])
+        return places
+
+    def arrive(self, place, index):
+        """Arrives for this warpgroup: a lane for each warp, after what its lanes did before."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+        def run(_, ref, index):
+            _asm(None, [_at(ref, _scalar(index), 8), _c(0)], _ARRIVE, "r,r", effects=True)
+
+        run(place[0], place[1] + index)
+
+    def give_back(self, place, index, sums):
+        """The same when the sums are known.
+
+        They depend on every word of the stage that was multiplied, and the arrival's address on
+        them, by bits that are always zero (the grid is one-dimensional, which the compiler does not
+        know). An arrival alone waits for no load under way, and the copy engine would write over
+        what is still to be read.
+        """
+        kept = 2 * self.halves
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, carrier(kept * self.plan.tiles))
+        )
+        def run(_, ref, index, sums):
+            known = _c(0)
+            for value in _values(sums):
+                known = arith.ori(known, arith.bitcast(_i32(), value))
+            _asm(None, [_at(ref, _scalar(index), 8), known], _ARRIVE, "r,r", effects=True)
+
+        run(place[0], place[1] + index, sums)
+
+    def wait(self, place, index, nth):
+        """Waits until the barrier has been completed nth + 1 times, and has not been once more."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+        )
+        def run(_, ref, index, nth):
+            operands = [_at(ref, _scalar(index), 8), _and(_scalar(nth), 1)]
+            _asm(None, operands, _WAIT, "r,r", effects=True)
+
+        run(place[0], place[1] + index, nth)
+
+    def copy(self, weight_ref, row, rows, piece, part, stage_ref, place, index):
+        """Starts to copy rows of a part: all in one piece if they are contiguous, else each."""
+        plan = self.plan
+        line = plan.warps * plan.part_columns * plan.itemsize
+        pieces, size = (1, rows * line) if plan.contiguous else (rows, line)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), *_SPLATS[:3])
+        )
+        def run(_, weight, stage, told, row, piece, index):
+            thread = arith.remui(utils.thread_idx(), _c(_THREADS))
+            mine = arith.minui(thread, _c(pieces - 1))
+            source = _mul(_add(_scalar(row), mine), plan.split * plan.parts)
+            source = _add(_add(source, _mul(_scalar(piece), plan.parts)), part)
+            target = _offset(_at(stage, _c(0), 1), _mul(mine, line))
+            operands = [
+                *(thread, _at(told, _scalar(index), 8), _c(rows * line), _c(pieces)),
+                *(target, _at(weight, source, line), _c(size)),
+            ]
+            _asm(None, operands, _COPY, "r,r,r,r,r,l,r", effects=True)
+
+        run(weight_ref, stage_ref, place[0], row, piece, place[1] + index)
+
+    def copy_norm(self, norm_ref, target_ref, place):
+        """Starts to copy the norm's weight."""
+        size = 2 * self.plan.columns
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()))
+        def run(_, norm, target, told):
+            thread = arith.remui(utils.thread_idx(), _c(_THREADS))
+            operands = [
+                *(thread, _at(told, _c(place[1]), 8), _c(size), _c(1)),
+                *(_at(target, _c(0), 1), _at(norm, _c(0), 1), _c(size)),
+            ]
+            _asm(None, operands, _COPY, "r,r,r,r,r,l,r", effects=True)
+
+        run(norm_ref, target_ref, place[0])
 
     def fetch(self, x_ref, piece, group):
         """Starts to load this warp's slice of all tokens; those that are not there are zeros."""
@@ -298,7 +431,7 @@ class Lanes:
                     # A part of fewer columns than a tile's lies within one.
                     base = _at(scale, _add(_mul(unit, tiles), _shr(column, 7)), 4)
                     found += _load_floats(base, plan.segments // plan.parts, tiles)
-            return _carry([arith.mulf(value, _constant(_REST)) for value in found])
+            return _carry(found)
 
         return run(scale_ref, first_row, step, piece, group)
 
@@ -342,7 +475,8 @@ class Lanes:
                 first = part * plan.part_columns + segment * plan.segment
                 fresh = self._segment(base, start, x, first // 16)
                 nth = tile * plan.segments + part * in_part + segment
-                total = _accumulate(total, fresh, scales[nth] if scales else None)
+                scale = arith.mulf(scales[nth], _constant(_REST)) if scales else None
+                total = _accumulate(total, fresh, scale)
             out += total
         return out
 
@@ -361,15 +495,6 @@ class Lanes:
                         sums[half][way] = _product(quad, x[at : at + 2], sums[half][way])
                     k += 1
         return [arith.addf(first[i], second[2 + i]) for first, second in sums for i in (0, 1)]
-
-    def free(self):
-        """Orders this thread's reads of a stage before the copy engine's next writes to it."""
-
-        @plgpu.inline_mgpu(arg_types=())
-        def fence(_):
-            _asm(None, [], "fence.proxy.async.shared::cta;", "", effects=True)
-
-        fence()
 
     def put(self, sums, ref):
         """Leaves a warpgroup's sums of a step in shared memory: tile, thread, values."""
@@ -472,16 +597,18 @@ def _load_row(pointer, there):
 def _load_floats(base, count, pitch):
     """`count` neighbours in a row of `pitch` floats, in one load where its place allows.
 
-    Volatile, so that it is issued before the wait for weights that comes next.
+    Not a plain one, so that it is issued before the wait for weights that comes next.
     """
     if count not in (2, 4) or pitch % count:
         return [
-            _asm(_f32(), [base], f"ld.volatile.global.f32 $0, [$1+{4 * i}];", "=f,l", effects=True)
+            _asm(
+                _f32(), [base], f"ld.relaxed.gpu.global.f32 $0, [$1+{4 * i}];", "=f,l", effects=True
+            )
             for i in range(count)
         ]
     struct = llvm.StructType.get_literal([_f32()] * count)
     names = ", ".join(f"${i}" for i in range(count))
-    text = f"ld.volatile.global.v{count}.f32 {{{names}}}, [${count}];"
+    text = f"ld.relaxed.gpu.global.v{count}.f32 {{{names}}}, [${count}];"
     constraints = "=f," * count + "l"
     result = llvm.inline_asm(struct, [base], text, constraints, has_side_effects=True)
     return [llvm.extractvalue(_f32(), result, [i]) for i in range(count)]

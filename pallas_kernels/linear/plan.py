@@ -70,8 +70,6 @@ class Plan:
         columns = self.part_columns
         if self.itemsize == 1 and columns % SEGMENT and SEGMENT % columns:
             return f"pieces of {columns} columns cross borders of tiles of {SEGMENT}"
-        if columns > 256 and not self.contiguous:
-            return f"a copy of {columns} columns that is not contiguous is wider than 256"
         if self.parts * self.tiles > 8:
             return f"{self.parts} parts of {self.tiles} tiles are more than 8 loops to unroll"
         if not self.tokens:
