@@ -28,33 +28,39 @@ _DRAWS = 20
 _EPSILON = 1e-5
 _CHECKS = (
     # shape, t, other numbers of tokens in which rows must keep their bits, norm, cuts
-    ("pro-qkv", 8, (1, 13), False, [None, (1, 12, 2, 1), (2, 12, 1, 1)]),
+    ("pro-qkv", 8, (1, 13), False, [None, (2, 12, 1, 1)]),
     ("pro-qkv", 5, (), True, [None]),
-    ("pro-o", 8, (1, 16), False, [None, (1, 16, 2, 1)]),
-    ("pro-down", 8, (3,), False, [None]),
-    ("pro-up", 8, (), False, [None]),
-    ("pro-head", 8, (2,), False, [None, (1, 12, 4, 1)]),
+    ("pro-o", 8, (16,), False, [None]),
+    ("pro-down", 8, (), False, [None]),
+    ("pro-head", 8, (), False, [None]),
     ("pro-draft-features", 8, (), False, [None]),
     ("flash-qkv", 7, (), True, [None]),
     ("nano-up", 3, (16,), False, [None]),
 )
 _CUTS = {
-    "pro-qkv": [None, (1, 12, 2, 1), (1, 12, 4, 1), (1, 16, 3, 1), (2, 12, 1, 1), (4, 12, 1, 1)],
+    "pro-qkv": [None, (1, 12, 2, 1), (1, 12, 4, 1), (1, 16, 3, 1), (2, 12, 1, 1)],
     "pro-o": [None, (1, 8, 1, 1), (1, 16, 2, 1), (1, 16, 1, 2)],
+    "pro-head": [None, (1, 12, 4, 1), (1, 16, 3, 1)],
     "pro-up": [None, (1, 12, 2, 1)],
-    "pro-down": [None, (1, 16, 1, 2), (1, 8, 1, 1)],
-    "pro-head": [None, (1, 12, 4, 1), (1, 12, 1, 1), (1, 16, 3, 1)],
+    "pro-down": [None, (1, 16, 1, 2)],
     "pro-draft-features": [None, (12, 20, 1, 1)],
 }
 """Ways to cut a matrix: split, warps, parts, tiles of `Plan`; None is `plan_for`'s."""
-_OTHERS = ("pro-draft-q", "pro-draft-kv", "pro-draft-up", "flash-qkv", "flash-o", "nano-up")
+_WAYS = {
+    "pro-qkv": ("xla", "norm", "norm-apart", "xla-norm", "glue", "ahead-8", "ahead-99"),
+    "pro-o": ("xla", "glue", "ahead-8", "ahead-99"),
+    "pro-head": ("xla",),
+}
+"""Ahead: the next layer's weights are brought to the L2 cache, at most so many million bytes."""
+_TOKENS = {"pro-qkv": (1, 16), "pro-o": (16,)}
+_OTHERS = ("pro-draft-kv", "pro-draft-up", "flash-qkv", "flash-o", "nano-up")
 
 
 def jobs(check: bool, time: bool) -> list[Job]:
     """All of them, in the order in which they run."""
     found: list[Job] = []
     for shape, t, others, norm, cuts in _CHECKS if check else ():
-        job = {"job": "linear-check", "shape": shape, "t": t, "others": others, "norm": norm}
+        job = {"job": "linear-check", "shape": shape, "t": t, "norm": norm}
         found += [{**job, "cut": cut, "others": others if cut is None else ()} for cut in cuts]
     if not time:
         return found
@@ -65,17 +71,10 @@ def jobs(check: bool, time: bool) -> list[Job]:
     for shape, cuts in _CUTS.items():
         for cut in cuts:
             add(shape, cut=cut, profile=cut is None)
-        add(shape, way="xla")
-        if shape == "pro-qkv":
-            add(shape, way="norm", profile=True)
-            add(shape, way="norm-apart")
-            add(shape, way="xla-norm")
-            add(shape, way="glue")
-            add(shape, t=1)
-            add(shape, t=16)
-        if shape == "pro-o":
-            add(shape, way="glue")
-            add(shape, t=16)
+        for way in _WAYS.get(shape, ()):
+            add(shape, way=way, profile=way == "norm")
+        for t in _TOKENS.get(shape, ()):
+            add(shape, t=t)
     for shape in _OTHERS:
         add(shape)
     return found
@@ -117,7 +116,10 @@ def check(rng, job: Job):
     if job["norm"]:
         norm = jnp.asarray(rng.normal(size=shape.d), jnp.bfloat16)
     plan = make_plan(shape, job["cut"])
-    run = jax.jit(lambda x: linear_mosaic(x, weight, scale, norm, _EPSILON, plan=plan))
+
+    def run(x):
+        return linear_mosaic(x, weight, scale, norm, _EPSILON, plan=plan)
+
     ref = jax.jit(linear_reference)(x, weight, scale, norm, _EPSILON)
     poison()
     first = np.asarray(run(x))
@@ -144,8 +146,8 @@ def place_other(noise, x, start, slot, row, t):
     return lax.dynamic_slice_in_dim(noise, start, t).at[slot].set(x[row])
 
 
-def product(x, weight, scale, norm, way, plan):
-    """One layer's product."""
+def product(x, weight, scale, norm, way, plan, following):
+    """One layer's product; `following` are the next layer's weights."""
     if way in ("xla", "xla-norm"):
         x = rms_norm(x, norm, _EPSILON) if way == "xla-norm" else x
         if scale is not None:
@@ -156,7 +158,12 @@ def product(x, weight, scale, norm, way, plan):
     if way == "norm-apart":
         x = rms_norm(x, norm, _EPSILON)
     norm = norm if way == "norm" else None
-    return linear_mosaic(x, weight, scale, norm, _EPSILON, out_dtype=jnp.bfloat16, plan=plan)
+    ahead = {}
+    if way.startswith("ahead-"):
+        ahead = {"ahead": following, "ahead_bytes": 10**6 * int(way.split("-")[1])}
+    return linear_mosaic(
+        x, weight, scale, norm, _EPSILON, out_dtype=jnp.bfloat16, plan=plan, **ahead
+    )
 
 
 @functools.partial(
@@ -167,12 +174,12 @@ def layers(x, weights, norm, way, plan, repeats=_REPEATS):
     t, d = x.shape
 
     def all_layers(_, x):
-        for weight, scale in weights:
-            n = weight.shape[0]
+        for i, (weight, scale) in enumerate(weights):
+            n, following = weight.shape[0], weights[(i + 1) % len(weights)][0]
             if way == "glue":
                 y = lax.optimization_barrier(jnp.zeros((t, n), jnp.bfloat16) + x[0, 0])
             else:
-                y = product(x, weight, scale, norm, way, plan)
+                y = product(x, weight, scale, norm, way, plan, following)
             y = y[:, :d] if n >= d else jnp.pad(y, ((0, 0), (0, d - n)))
             x = lax.optimization_barrier(x + jnp.bfloat16(1e-3) * y)
         return x

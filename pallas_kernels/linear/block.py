@@ -70,6 +70,9 @@ class Hooks(typing.Protocol):
     def copy_norm(self, norm_ref, target_ref, place):
         """Starts to copy the norm's weight."""
 
+    def prefetch(self, ahead_ref, num_bytes, block):
+        """Starts to bring a part of an array to the L2 cache."""
+
     def put(self, sums, ref):
         """Leaves a warpgroup's sums of a step in shared memory."""
 
@@ -79,10 +82,17 @@ class Hooks(typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What a thread block's warpgroups do: consumers, one that finishes steps, the producer."""
+    """What a thread block's warpgroups do: consumers, one that finishes steps, the producer.
+
+    Attributes:
+      plan: of the matrix.
+      hooks: of the matrix.
+      ahead_bytes: of another array, to be brought to the L2 cache at the end, by all blocks.
+    """
 
     plan: Plan
     hooks: Hooks
+    ahead_bytes: int = 0
 
     @property
     def consumers(self) -> int:
@@ -116,6 +126,11 @@ class Block:
         lax.fori_loop(0, whole, lambda step, _: visit(step, plan.step_rows), None)
         if whole < plan.steps:
             visit(jnp.int32(whole), plan.last_rows)
+        if "ahead" in refs:
+            # Not before this block has all its own weights.
+            turn, stage = divmod(plan.copies - 1, plan.stages)
+            hooks.wait(refs["full"], jnp.int32(stage), jnp.int32(turn))
+            hooks.prefetch(refs["ahead"], self.ahead_bytes, lax.axis_index("cta"))
         if not plan.once:
 
             def drain(index, _):
@@ -227,7 +242,7 @@ class Block:
         return types | self.hooks.barrier_types(self.barriers(norm))
 
     def call(self, inputs, out_type: jax.ShapeDtypeStruct, interpret):
-        """Launches on named inputs: x, weight as `Plan` cuts it; scale, norm if there are."""
+        """Launches on named inputs: x, weight as `Plan` cuts it; scale, norm, ahead if any."""
         names = list(inputs)
 
         def body(*arguments, **scratch):

@@ -56,6 +56,9 @@ class Interpreted:
         """By the copy engine."""
         plgpu.copy_gmem_to_smem(norm_ref, target_ref, place.at[0])
 
+    def prefetch(self, ahead_ref, num_bytes, block):
+        """Nothing: the interpreter has no caches."""
+
     def fetch(self, x_ref, piece, group):
         """[4, t, slice] bfloat16."""
         return self._slices(x_ref[...], piece, group)

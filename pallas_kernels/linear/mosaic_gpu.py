@@ -10,15 +10,19 @@ from pallas_kernels.linear.block import Block
 from pallas_kernels.linear.plan import Plan, plan_for
 from pallas_kernels.linear.reference import rms_norm
 
+_STATIC = ("epsilon", "out_dtype", "ahead_bytes", "plan", "interpret", "hooks")
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "out_dtype", "plan", "interpret", "hooks"))
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def linear_mosaic(
     x: Float[Array, "t d"],
     weight: Shaped[Array, "n d"],
     scale: Float[Array, "units tiles"] | None = None,
     norm: Float[Array, "d"] | None = None,
     epsilon: float = 0.0,
+    ahead: Shaped[Array, "..."] | None = None,
     *,
+    ahead_bytes: int | None = None,
     out_dtype=jnp.float32,
     plan: Plan | None = None,
     interpret=None,
@@ -32,6 +36,8 @@ def linear_mosaic(
       scale: of FP8 weights.
       norm: weight of an RMS norm of x.
       epsilon: of the norm.
+      ahead: what a later kernel will read.
+      ahead_bytes: of it to be brought to the L2 cache; None for all.
       out_dtype: bfloat16 or float32.
       plan: how the matrix is cut; a benchmark's choice. It decides over the result's bits.
       interpret: Pallas' interpreter parameters, to run on a CPU.
@@ -42,14 +48,17 @@ def linear_mosaic(
         x, norm = rms_norm(x, norm, epsilon), None
     cut = plan.rows, plan.split, plan.parts, plan.warps, plan.part_columns
     inputs = dict(weight=weight.reshape(cut))
-    inputs |= {k: v for k, v in (("scale", scale), ("norm", norm)) if v is not None}
+    others = (("scale", scale), ("norm", norm), ("ahead", ahead))
+    inputs |= {k: v for k, v in others if v is not None}
+    if ahead is not None and ahead_bytes is None:
+        ahead_bytes = ahead.nbytes
     unit = 0 if scale is None else plan.rows // scale.shape[0]
     whole = plan.split == 1
     parts = []
     for start in range(0, x.shape[0], plan.tokens):
         rows = x[start : start + plan.tokens]
         make = _hooks(hooks, interpret)
-        block = Block(plan, make(plan, rows.shape[0], unit, epsilon))
+        block = Block(plan, make(plan, rows.shape[0], unit, epsilon), ahead_bytes or 0)
         shape = (plan.split, rows.shape[0], plan.rows)
         out = jax.ShapeDtypeStruct(shape, out_dtype if whole else jnp.float32)
         parts.append(block.call(dict(x=rows, **inputs), out, interpret))

@@ -20,7 +20,7 @@ _MOST_COLUMNS = 512
 _OTHER_REGISTERS = 48
 """Of a warp that multiplies, besides x."""
 PRODUCER_REGISTERS = 24
-FINISHER_REGISTERS = 64
+FINISHER_REGISTERS = 48
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The programs of the few-token linear that test_linear_h200.py compiles."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from h200 import Case
@@ -27,10 +25,13 @@ def abstract(shape: Shape, t: int, norm: bool = False):
     )
 
 
-def kernel(name: str, t: int, norm=False, **options) -> Case:
+def kernel(name: str, t: int, norm=False, ahead=None, **options) -> Case:
     """The kernel by itself."""
-    run = functools.partial(linear_mosaic, epsilon=1e-5, **options)
-    return Case(jax.jit(run), abstract(SHAPES[name], t, norm))
+
+    def run(x, weight, scale, norm, ahead):
+        return linear_mosaic(x, weight, scale, norm, 1e-5, ahead, **options)
+
+    return Case(jax.jit(run), (*abstract(SHAPES[name], t, norm), ahead))
 
 
 def qkv(mesh) -> Case:
@@ -99,3 +100,9 @@ def loop(mesh) -> Case:
 
     rounds = jax.ShapeDtypeStruct((), jnp.int32)
     return Case(jax.jit(program), (x, [weight] * LAYERS, norm, rounds), GPU_OPTIONS)
+
+
+def ahead(mesh) -> Case:
+    """With another matrix brought to the L2 cache."""
+    weight = jax.ShapeDtypeStruct((3392, 6144), jnp.float8_e4m3fn)
+    return kernel("pro-o", 8, ahead=weight, ahead_bytes=16 << 20)

@@ -24,7 +24,8 @@ class Memory:
     def __init__(self, array):
         self.array, self.shape = np.ascontiguousarray(array), array.shape
         self.bytes = self.array.reshape(-1).view(np.uint8)
-        self.type = self.array.dtype
+        self.type = self.dtype = self.array.dtype
+        self.prefetched = []
 
     def load(self, at, kind):
         """One value a thread, where `at` is not None."""
@@ -130,6 +131,9 @@ _OPERATIONS = {
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(F32),
     "rsqrt.approx.f32": lambda a: (1 / np.sqrt(a)).astype(F32),
     "setp.ne.s32": lambda a, b: a != full(b),
+    "setp.eq.s32": lambda a, b: a == full(b),
+    "setp.lt.u32": lambda a, b: a < full(b),
+    "setp.gt.u32": lambda a, b: a > full(b),
     "shfl.sync.bfly.b32": shuffle,
 }
 
@@ -159,6 +163,10 @@ class Assembler:
         if line.startswith("@p "):
             where, line = self.names["p"], line[3:]
         operation, rest = line.split(None, 1)
+        if operation.startswith(("mbarrier.", "bar.")):
+            return
+        if operation.startswith("cp.async"):
+            return self.copy(operation, rest, where)
         if operation.startswith(("ld.", "st.")):
             return self.memory(operation, rest, where)
         target, *names = [name.strip() for name in rest.split(",")]
@@ -169,6 +177,25 @@ class Assembler:
             values[0] = values[0].view(F32)
         with np.errstate(all="ignore"):
             self.names[target] = _OPERATIONS[operation](*values)
+
+    def copy(self, operation, rest, where):
+        """A bulk copy, or a prefetch, which is written down."""
+        values = [self.value(name.strip(" []")) for name in rest.split(",")]
+        if "prefetch" in operation:
+            pointer, size = values
+            pointer.memory.prefetched += [
+                (start, int(size[thread])) for thread, start in pointer.places(0, where)
+            ]
+            return
+        target, source, size, _ = values
+        for (thread, to), (_, start) in zip(
+            target.places(0, where), source.places(0, where), strict=True
+        ):
+            count = int(size[thread])
+            assert count % 16 == 0 and to % 16 == 0 and start % 16 == 0
+            assert 0 <= start and start + count <= source.memory.bytes.size
+            assert 0 <= to and to + count <= target.memory.bytes.size
+            target.memory.bytes[to : to + count] = source.memory.bytes[start : start + count]
 
     def memory(self, operation, rest, where):
         """A load or a store, of one or several registers."""
@@ -249,7 +276,10 @@ _FAKES = dict(
         select=np.where,
         extui=lambda kind, flag: flag.astype(U32),
         divui=lambda a, b: a // b,
+        remui=lambda a, b: a % b,
         minui=np.minimum,
+        maxui=np.maximum,
+        subi=lambda a, b: a - b,
         andi=np.logical_and,
         addf=lambda a, b: a + b,
         mulf=lambda a, b: a * b,
@@ -264,6 +294,7 @@ _FAKES = dict(
         MemRefType=lambda dtype: types.SimpleNamespace(element_type=dtype.type(0)),
         F32Type=np.float32,
     ),
+    utils=types.SimpleNamespace(thread_idx=lambda: np.arange(THREADS, dtype=U32)),
     _add=lambda a, b: _number(a) + _number(b),
     _and=lambda a, mask: a & U32(mask),
     _asm=_asm,
@@ -311,7 +342,7 @@ def run(plan, x, weight, scale, norm, epsilon, out_dtype, t):
     out = Memory(np.full((plan.split, t, plan.rows), np.nan, out_dtype))
     x_ref = Memory(x)
     scale_ref = None if scale is None else Memory(scale)
-    cut = weight.reshape(plan.rows, plan.split, plan.parts, plan.warps, plan.part_columns)
+    weight_ref, told = Memory(weight), (Memory(np.zeros(99, np.uint32)), 3)
     groups = plan.warps // 4
     with emulated():
         for cta in range(plan.groups * plan.split):
@@ -335,14 +366,11 @@ def run(plan, x, weight, scale, norm, epsilon, out_dtype, t):
                     if scale is not None:
                         scales = hooks.scales(scale_ref, first, step, piece, group)
                     for part in range(plan.parts):
-                        stage = np.full(plan.stage_shape, 0xFF, np.uint8).repeat(plan.itemsize, 2)
+                        stage = Memory(np.full(plan.stage_bytes, 0xFF, np.uint8))
                         rows = plan.last_rows if step == plan.steps - 1 else plan.step_rows
-                        start = first + step * plan.step_rows
-                        part_of = cut[start : start + rows, piece, part]
-                        stage[:rows] = part_of.reshape(rows, plan.warps, -1).view(np.uint8)
-                        sums = hooks.multiply(
-                            sums, operands[group], scales, part, Memory(stage), group
-                        )
+                        row = first + step * plan.step_rows
+                        hooks.copy(weight_ref, row, rows, piece, part, stage, told, 1)
+                        sums = hooks.multiply(sums, operands[group], scales, part, stage, group)
                     hooks.put(sums, memories[group])
                 whole = Memory(np.stack([memory.array for memory in memories]))
                 hooks.finish(whole, out, first, step, piece)

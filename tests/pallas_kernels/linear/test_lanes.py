@@ -68,6 +68,23 @@ def test_every_code_is_decoded(rng):
     np.testing.assert_array_equal(out, [0 * values, values, 3 * values * (np.arange(254) == 7)])
 
 
+@pytest.mark.parametrize("wanted", [1 << 20, 70_000, 1])
+def test_blocks_bring_their_shares_of_an_array_nearer(wanted):
+    """All of it, or the beginning of each block's share: once, and nothing beyond."""
+    plan, t = CASES["bf16"]
+    ahead = emulator.Memory(np.zeros((37, 1504), np.float32))
+    with emulator.emulated():
+        for block in range(plan.groups):
+            lanes.Lanes(plan, t).prefetch(ahead, wanted, block)
+    found = sorted(ahead.prefetched)
+    assert all(size % 16 == 0 and start % 128 == 0 for start, size in found)
+    ends = [start + size for start, size in found]
+    assert all(end <= start for end, (start, _) in zip(ends, found[1:], strict=False))
+    assert ends[-1] <= ahead.array.nbytes
+    total = sum(size for _, size in found)
+    assert min(wanted, ahead.array.nbytes) <= total <= wanted + plan.groups * 32 * 128
+
+
 BUGS = {
     "a word of another column": (
         "lanes._DECODE_ASM",
