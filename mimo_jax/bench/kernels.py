@@ -24,7 +24,10 @@ from pallas_kernels.expert_ffn import kernel_absence
 from pallas_kernels.expert_ffn.shapes import SHAPES
 
 _START_S = 60.0
-OTHERS: dict[str, str] = {"attention": "mimo_jax.bench.attention_jobs", "linear": "mimo_jax.bench.linear_jobs"}
+OTHERS: dict[str, str] = {
+    "attention": "mimo_jax.bench.attention_jobs",
+    "linear": "mimo_jax.bench.linear_jobs",
+}
 """Other kernels and the modules of their jobs, whose names begin with the kernel's."""
 _KINDS = {
     "check": "checks",
