@@ -28,7 +28,13 @@ from pallas_kernels.expert_ffn.layout import (
     pack_experts,
     plan_for,
 )
-from pallas_kernels.expert_ffn.mosaic_gpu import Launch, expert_ffn_mosaic, run_ids, run_slots
+from pallas_kernels.expert_ffn.mosaic_gpu import (
+    Launch,
+    expert_ffn_mosaic,
+    run_flow,
+    run_ids,
+    run_slots,
+)
 from pallas_kernels.expert_ffn.reference import expert_ffn_reference
 from pallas_kernels.expert_ffn.shapes import SHAPES, Shape
 from pallas_kernels.expert_ffn.slots import make_slots, sum_choices
@@ -191,11 +197,12 @@ def read_bandwidth(gib: int = 4) -> float:
 
 def once(x, weights, ids, shares, slots, launch: Launch, hooks):
     """One layer's sum and, with a time line, its stamps."""
+    if launch.fused:
+        out = run_flow(x, weights, ids, shares, launch=launch, hooks=hooks)
+        return out["y"], out.get("stamps")
     if launch.own_list:
-        out = run_ids(x, weights, ids, shares, launch=launch, hooks=hooks)
-        if launch.own_sum:
-            return out["y"], out.get("stamps")
-        return sum_choices(out["results"], slots.live), out.get("stamps")
+        results = run_ids(x, weights, ids, shares, launch=launch, hooks=hooks)
+        return sum_choices(results, slots.live), None
     results = run_slots(x, weights, slots, launch=launch, hooks=hooks)
     return sum_choices(results, slots.live), None
 

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 EVENTS = {
-    "finisher": ("begins", "gate/up done", "grid met", "down done", "grid met again", "sum done"),
+    "finisher": ("begins", "gate/up done", "down done", "grid met", "sum done"),
     "producer": ("begins", "list known", "gate/up issued", "down issued"),
-    "consumer": ("gate/up begins", "gate/up done", "down begins", "down done"),
+    "consumer": ("first stage there", "gate/up done", "down done"),
 }
 """What a time line's stamps mean, by role, in the kernel's numbering."""
 

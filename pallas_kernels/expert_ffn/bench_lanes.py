@@ -17,8 +17,9 @@ def folded(plan, swiglu, **options):
 class Stream(Lanes):
     """Moves every byte and computes nothing: the ring's own speed. Its results are zeros."""
 
-    def multiply(self, sums, x, part, stage_ref, group):
+    def multiply(self, sums, x, part, stage_ref, group, give_back):
         """Leaves the stage unread."""
+        self.arrive(*give_back)
 
         @plgpu.inline_mgpu(
             arg_types=(), return_type=plgpu.ShapeDtypeStruct((512,), jnp.float32, layout=carrier(4))

@@ -5,10 +5,13 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.expert_ffn.lanes import (
     _add,
@@ -28,9 +31,13 @@ from pallas_kernels.expert_ffn.lanes import (
     _split,
     _vector,
 )
+from pallas_kernels.expert_ffn.layout import CLAIM, DONE
 from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
 
 _THREADS = 128
+_SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+_AHEAD = 16
+"""Slots beyond the one that is waited for, that a look at the counts also asks about."""
 _ULT = arith.CmpIPredicate.ult
 _SLT = arith.CmpIPredicate.slt
 _EQ = arith.CmpIPredicate.eq
@@ -48,6 +55,25 @@ ld.acquire.gpu.global.u32 now, [$0];
 xor.b32 now, now, old;
 setp.ge.s32 p, now, 0;
 @p bra WAIT;
+}"""
+_CLAIM = """{
+.reg .pred p;
+setp.eq.u32 p, $1, 0;
+mov.b32 $0, 0;
+@p atom.add.relaxed.gpu.global.u32 $0, [$2], 1;
+}"""
+_TELL = """{
+.reg .pred p;
+setp.eq.u32 p, $1, 0;
+@p red.add.release.gpu.global.u32 [$0], 1;
+}"""
+_ACQUIRE = "ld.acquire.gpu.global.u32 $0, [$1];"
+_BOTH_PROXIES = "fence.proxy.async;"
+_ALL = """{
+.reg .pred p, q;
+setp.ne.u32 p, $1, 0;
+barrier.cta.red.and.pred q, $2, 128, p;
+selp.u32 $0, 1, 0, q;
 }"""
 _STORE_IF = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.shared.b32 [$1], $2; }"
 _MARK_IF = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p red.shared.or.b32 [$1], $2; }"
@@ -88,6 +114,95 @@ class Grid:
             utils.warpgroup_barrier()
 
         run(barrier_ref, block)
+
+    def claim(self, flags_ref, nth):
+        """Asks for the next number of the queue; only `publish` may look at the answer."""
+        del nth
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_SCALAR)
+        def run(_, flags):
+            operands = [_thread(), _at(flags, _c(CLAIM), 4)]
+            return _splat(_asm(_i32(), operands, _CLAIM, "=&r,r,l", effects=True))
+
+        return run(flags_ref)
+
+    def publish(self, ticket, claims_ref, place):
+        """The number that was asked for, to all threads; and into shared memory, for the others."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WG_SPLAT, plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+            return_type=_SCALAR,
+        )
+        def run(_, ticket, claims, place):
+            first = arith.cmpi(_EQ, _thread(), _c(0))
+            _store_if(first, claims, _scalar(place), _scalar(ticket))
+            utils.warpgroup_barrier()
+            return _splat(_load(claims, _scalar(place), _i32()))
+
+        return run(ticket, claims_ref, place)
+
+    def slots_done(self, flags_ref, slot, known, need, count):
+        """Waits until a slot's `need` units and all slots' before it are done.
+
+        Args:
+          flags_ref: counts of what is done.
+          slot: that is waited for.
+          known: slots that are known to be done, from the last call.
+          need: units of a slot.
+          count: slots in use.
+
+        Returns:
+          how many slots are known to be done, often more than were asked for.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT),
+            return_type=_SCALAR,
+        )
+        def run(_, flags, slot, beyond):
+            # A thread for each slot: whether it is done. Then: are all up to this one, and beyond?
+            at = _at(flags, _add(_thread(), DONE), 4)
+            barrier = utils.warpgroup_barrier_idx(sync=False)
+            loop = scf.WhileOp([_i32()], [_c(0)])
+            with ir.InsertionPoint(loop.before.blocks.append(_i32())):
+                done = arith.cmpi(_EQ, _asm(_i32(), [at], _ACQUIRE, "=r,l", effects=True), _c(need))
+
+                def all_to(last):
+                    enough = arith.ori(done, arith.cmpi(_SLT, last, _thread()))
+                    return _asm(_i32(), [_flag(enough), barrier], _ALL, "=r,r,r", effects=True)
+
+                here, more = all_to(_scalar(slot)), all_to(_scalar(beyond))
+                last = arith.select(arith.cmpi(_EQ, more, _c(0)), _scalar(slot), _scalar(beyond))
+                scf.condition(arith.cmpi(_EQ, here, _c(0)), [last])
+            with ir.InsertionPoint(loop.after.blocks.append(_i32())) as point:
+                scf.yield_([point.block.arguments[0]])
+            # The copy engine reads what ordinary stores wrote.
+            _asm(None, [], _BOTH_PROXIES, "", effects=True)
+            return _splat(_add(loop.results[0], 1))
+
+        beyond = jnp.minimum(slot + _AHEAD, count - 1)
+        return lax.cond(known > slot, lambda: known, lambda: run(flags_ref, slot, beyond))
+
+    def tell_done(self, flags_ref, slot):
+        """Counts one more unit of a slot as done: what this warpgroup wrote can be read."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+        def run(_, flags, slot):
+            utils.warpgroup_barrier()
+            at = _at(flags, _add(_scalar(slot), DONE), 4)
+            _asm(None, [at, _thread()], _TELL, "l,r", effects=True)
+
+        run(flags_ref, slot)
+
+    def clear(self, flags_ref):
+        """Claims and counts are zero again, for the next launch."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def run(_, flags):
+            for at in (_c(CLAIM), _add(_thread(), DONE)):
+                llvm.store(_c(0), _at(flags, at, 4), alignment=4)
+
+        run(flags_ref)
 
     def stamp(self, stamps_ref, block, group, event):
         """Notes the time: nanoseconds of the device and clocks of the SM."""
@@ -284,6 +399,10 @@ def _store_if(condition, ref, index, value):
 
 def _popcount(word):
     return _asm(_i32(), [word], "popc.b32 $0, $1;", "=r,r")
+
+
+def _splat(value):
+    return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
 
 def _flag(condition):

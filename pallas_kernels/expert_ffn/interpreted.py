@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_ffn.layout import Plan, unpack_stages
 from pallas_kernels.expert_ffn.slots import make_slots
@@ -18,6 +19,7 @@ class Interpreted:
 
     plan: Plan
     swiglu: bool
+    blocked: bool = False
 
     def fetch(self, x_ref, row_ref, slot, group):
         """[4, 8, slice] float32; a row of -1 is zeros."""
@@ -31,20 +33,53 @@ class Interpreted:
         pieces = [lax.rem(4 * group + warp, self.plan.column_warps) for warp in range(4)]
         return jnp.stack([lax.dynamic_slice_in_dim(x, piece * width, width, 1) for piece in pieces])
 
+    def held(self, rows_ref, group):
+        """Hidden rows from shared memory, [4, 8, slice] float32."""
+        rows = rows_ref[...].reshape(-1, 8, 32).transpose(1, 0, 2).reshape(8, -1)
+        width = self.plan.slice_columns
+        pieces = [lax.rem(4 * group + warp, self.plan.column_warps) for warp in range(4)]
+        rows = rows.astype(jnp.float32)
+        return jnp.stack(
+            [lax.dynamic_slice_in_dim(rows, piece * width, width, 1) for piece in pieces]
+        )
+
     def operands(self, fetched):
         """The same."""
         return fetched
 
-    def multiply(self, sums, x, part, stage_ref, group):
+    def multiply(self, sums, x, part, stage_ref, group, give_back):
         """Adds one stage's product to sums [4, 16, 8]."""
         codes, scales = unpack_stages(stage_ref[...].reshape(1, -1), self.plan)
         weights = lax.dynamic_slice_in_dim(decode(codes, scales)[0], 4 * group, 4)
         width = self.plan.part_columns
         product = jnp.einsum("prk,pnk->prn", weights, x[:, :, part * width : (part + 1) * width])
+        self.arrive(*give_back)
         return product if sums is None else sums + product
 
-    def free(self, sums):
-        """Nothing: the interpreter's memory has one proxy."""
+    @staticmethod
+    def told_types(groups) -> dict:
+        """Pallas' own barriers."""
+        return {
+            name: plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
+            for name, number, arrivals in groups
+        }
+
+    @staticmethod
+    def make_told(refs, groups) -> dict:
+        """Each name's barriers."""
+        return {name: refs[name] for name, _, _ in groups}
+
+    def arrive(self, barriers, index):
+        """This warpgroup's arrival."""
+        plgpu.barrier_arrive(barriers.at[index])
+
+    def arrive_after(self, barriers, index, held):
+        """The same."""
+        plgpu.barrier_arrive(barriers.at[index])
+
+    def wait(self, barriers, index, nth):
+        """Pallas' barriers count for themselves."""
+        plgpu.barrier_wait(barriers.at[index])
 
     def put(self, sums, ref):
         """Lane 4 g + c holds rows g, g + 8 of tokens 2 c, 2 c + 1."""
@@ -69,7 +104,15 @@ class Interpreted:
 
             def write(token=token, target=target):
                 row = values[token] * share_ref[slot, token] if self.swiglu else values[token]
-                out_ref[target, pl.ds(unit * width, width)] = row.astype(out_ref.dtype)
+                row = row.astype(out_ref.dtype)
+                if not (self.blocked and self.swiglu):
+                    out_ref[target, pl.ds(unit * width, width)] = row
+                    return
+                # Tiles of 8 columns, four to a block of 32.
+                for n in range(width // 8):
+                    tile = unit * (width // 8) + n
+                    column = token * 32 + lax.rem(tile, 4) * 8
+                    out_ref[slot, lax.div(tile, 4), pl.ds(column, 8)] = row[8 * n : 8 * n + 8]
 
             pl.when(target >= 0)(write)
 
@@ -90,6 +133,25 @@ class Grid:
 
     def meet(self, barrier_ref, block):
         """Nothing: the kernel is run twice instead."""
+
+    def claim(self, flags_ref, nth):
+        """Every `ctas`-th number of the queue."""
+        return lax.axis_index("cta") + nth * self.ctas
+
+    def publish(self, ticket, claims_ref, place):
+        """The number itself, and for the others."""
+        claims_ref[place] = ticket
+        return ticket
+
+    def slots_done(self, flags_ref, slot, known, need, count):
+        """Nothing to wait for: the kernel is run twice instead."""
+        return known
+
+    def tell_done(self, flags_ref, slot):
+        """Nobody waits."""
+
+    def clear(self, flags_ref):
+        """Nothing was counted."""
 
     def make_list(self, ids_ref, routing_ref, lists):
         """The work list, by `make_slots`."""

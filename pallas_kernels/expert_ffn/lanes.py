@@ -6,6 +6,7 @@ four.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ _REST = 2.0**62
 _FOLDED_REST = 2.0**-2
 # Bits that no sum has: arithmetic makes one NaN only, 0x7FFFFFFF.
 _NEVER = 0x7FEDCBA9
-RELEASES = ("fence", "used", "late", "none")
-"""Ways to give a stage back to the copy engine, see `Lanes.release`; "late" is the ring's."""
+RELEASES = ("loaded", "used", "fence", "none")
+"""Ways to give a stage back to the copy engine, see `Lanes.multiply`."""
 
 _DECODE = """
 and.b32 a0, {w}, 0x81C081C0;
@@ -76,6 +77,30 @@ _FOLDED_BLOCK = (
     + "}"
 )
 
+# The grid is one-dimensional, so that %ctaid.z is zero, which the compiler does not know.
+_ARRIVE = """{
+.reg .pred p;
+.reg .b32 zero, at, lane;
+mov.u32 zero, %ctaid.z;
+and.b32 zero, zero, $1;
+add.u32 at, $0, zero;
+mov.u32 lane, %laneid;
+setp.eq.u32 p, lane, 0;
+bar.warp.sync 0xffffffff;
+@p mbarrier.arrive.release.cta.shared::cta.b64 _, [at];
+}"""
+_INIT = """{
+.reg .pred p;
+setp.lt.u32 p, $2, $3;
+@p mbarrier.init.shared::cta.b64 [$0], $1;
+bar.sync 0;
+}"""
+_WAIT = """{
+.reg .pred p;
+WAIT:
+mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1, 10000000;
+@!p bra WAIT;
+}"""
 _TRAP_IF_NEVER = (
     "{\n.reg .pred p;\n.reg .b32 a, b;\nmov.b32 a, $0;\nmov.b32 b, $1;\n"
     "setp.eq.b32 p, a, $2;\nsetp.eq.or.b32 p, b, $2, p;\n@p trap;\n}"
@@ -98,7 +123,8 @@ class Lanes:
     plan: Plan
     swiglu: bool
     fold: bool = False
-    release: str = "fence"
+    release: str = "loaded"
+    blocked: bool = False
 
     def fetch(self, x_ref, row_ref, slot, group):
         """Starts to load this warp's slice of 8 rows of x; a row of -1 is zeros.
@@ -141,6 +167,24 @@ class Lanes:
 
         return run(*refs, slot, group)
 
+    def held(self, rows_ref, group):
+        """This warp's columns of hidden rows in shared memory, as MMA operands."""
+        per_thread = self.plan.slice_columns // 8
+        kind = plgpu.ShapeDtypeStruct((_LANES * per_thread,), jnp.int32, layout=carrier(per_thread))
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=kind)
+        def run(_, rows, group):
+            warp, lane = _warp_and_lane()
+            warp = _add(warp, _mul(_scalar(group), 4))
+            piece = arith.remui(warp, _c(self.plan.column_warps))
+            blocks = self.plan.slice_columns // 32
+            base = _at(rows, _c(0), 2)
+            base = _offset(base, _add(_mul(piece, 512 * blocks), _mul(lane, 16)))
+            loads = [_load_at(base, 512 * i, _vector(4, _i32()), 16) for i in range(blocks)]
+            return _carry(loads, per_thread, signed=True)
+
+        return run(rows_ref, group)
+
     def operands(self, fetched):
         """What was fetched, as MMA operands: raised, which hidden values are already."""
         if not self.swiglu:
@@ -163,14 +207,26 @@ class Lanes:
 
         return run(fetched)
 
-    def multiply(self, sums, x, part, stage_ref, group):
-        """Decodes a stage's codes and multiplies: sums + weights x, 16 rows by 8 tokens a warp."""
+    def multiply(self, sums, x, part, stage_ref, group, give_back):
+        """Decodes a stage's codes and multiplies: sums + weights x, 16 rows by 8 tokens a warp.
+
+        The stage goes back (`give_back`, a row of barriers and an index) as `release` says:
+
+        "loaded": when all its words are in registers, on which the arrival's address depends.
+        "used": when the sums are known, which depend on every word. "fence": likewise, after a
+        fence between ordinary reads of shared memory and the copy engine's writes. An arrival
+        alone waits for no load under way: with "none" a stage was seen to be written over while it
+        was read (H200, November 2026).
+        """
         plan, first = self.plan, sums is None
         per_thread = plan.slice_columns // 8
         blocks = plan.part_columns // 32
         out = plgpu.ShapeDtypeStruct((_LANES * 4,), jnp.float32, layout=carrier(4))
 
-        def run(_, x, stage, group, *sums):
+        early = self.release == "loaded"
+        (place, first_place), stage_index = give_back
+
+        def run(_, x, stage, group, told, index, *sums):
             warp, lane = _warp_and_lane()
             warp = _add(warp, _mul(_scalar(group), 4))
             base = _at(stage, _c(0), 4)
@@ -181,49 +237,103 @@ class Lanes:
             total = [_constant(0.0)] * 4 if first else _split(sums[0].registers.flat[0])
             registers = [w for vec in x.registers.flat for w in _split(vec)]
             registers = registers[part * blocks * 4 :]
-            for pair in range(blocks // 2):
-                words = _split(_load_at(codes, 512 * pair, _vector(4, _i32()), 16))
+            loads = [
+                _split(_load_at(codes, 512 * pair, _vector(4, _i32()), 16))
+                for pair in range(blocks // 2)
+            ]
+            if early:
+                _arrive(told, index, [words[0] for words in loads] + scales[:: _in_a_load(scales)])
+            for pair, words in enumerate(loads):
                 for block in (2 * pair, 2 * pair + 1):
                     scale = _pair_scale if self.fold else _scale
                     factors = [scale(scales, block + half * blocks) for half in (0, 1)]
                     two = words[2 * (block % 2) : 2 * (block % 2) + 2]
                     x_block = registers[4 * block : 4 * block + 4]
                     total = _multiply_block(total, two, x_block, factors, self.fold)
+            if not early:
+                self._free(total)
+                _arrive(told, index, [])
             return _carry([_join(total)], 4)
 
-        types = [carrier(per_thread), plgpu.RefType(), plgpu.Layout.WG_SPLAT]
-        arguments = [x, stage_ref, group]
+        types = [carrier(per_thread), plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.RefType()]
+        types = [*types, plgpu.Layout.WG_SPLAT]
+        arguments = [x, stage_ref, group, place, first_place + stage_index]
         if not first:
             types, arguments = [*types, carrier(4)], [*arguments, sums]
         return plgpu.inline_mgpu(arg_types=tuple(types), return_type=out)(run)(*arguments)
 
-    def free(self, sums):
-        """Orders this thread's reads of a stage before the copy engine's next writes to it.
-
-        The reads are of the generic proxy, the copies of the async proxy: an mbarrier alone orders
-        only accesses of one proxy, and its arrival need not wait for loads still under way.
-
-        "fence" waits for them by a fence between the proxies. "used" is the practice of kernels
-        that load operands into registers: what depends on the sums, and so on every word of the
-        stage, must be known before the arrival can be issued. "none" does not wait: wrong, kept to
-        measure what the others cost.
-        """
+    def _free(self, total):
+        """Waits for this thread's reads of a stage."""
         if self.release == "fence":
-
-            @plgpu.inline_mgpu(arg_types=())
-            def fence(_):
-                _asm(None, [], "fence.proxy.async.shared::cta;", "", effects=True)
-
-            fence()
+            _asm(None, [], "fence.proxy.async.shared::cta;", "", effects=True)
         elif self.release == "used":
+            # Of rows g and g + 8: each has scales of its own.
+            _asm(None, [*total[::2], _c(_NEVER)], _TRAP_IF_NEVER, "f,f,r", effects=True)
 
-            @plgpu.inline_mgpu(arg_types=(carrier(4),))
-            def use(_, sums):
-                # Of rows g and g + 8: each has scales of its own.
-                values = _split(sums.registers.flat[0])[::2]
-                _asm(None, [*values, _c(_NEVER)], _TRAP_IF_NEVER, "f,f,r", effects=True)
+    @staticmethod
+    def told_types(groups) -> dict:
+        """Shared memory of barriers for warps; `groups` has name, number, arriving warpgroups."""
+        return dict(told=plgpu.SMEM((2 * sum(number for _, number, _ in groups),), jnp.uint32))
 
-            use(sums)
+    @staticmethod
+    def make_told(refs, groups) -> dict:
+        """Initialises the barriers, called by all threads; returns each name's place."""
+        places, counts = {}, []
+        for name, number, arrivals in groups:
+            places[name] = refs["told"], len(counts)
+            counts += [4 * arrivals] * number
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def run(_, ref):
+            # A thread for each barrier.
+            thread, mine = utils.thread_idx(), _c(counts[0])
+            for i, (before, count) in enumerate(itertools.pairwise(counts), 1):
+                if count != before:
+                    here = arith.cmpi(arith.CmpIPredicate.uge, thread, _c(i))
+                    mine = arith.select(here, _c(count), mine)
+            operands = [_at(ref, thread, 8), mine, thread, _c(len(counts))]
+            _asm(None, operands, _INIT, "r,r,r,r", effects=True)
+
+        run(refs["told"])
+        return places
+
+    def arrive(self, place, index):
+        """Arrives for this warpgroup: a lane for each warp, after all of them."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+        def run(_, ref, index):
+            _arrive(ref, index, [])
+
+        run(place[0], place[1] + index)
+
+    def arrive_after(self, place, index, held):
+        """The same, after the loads of what is held."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                plgpu.RefType(),
+                plgpu.Layout.WG_SPLAT,
+                carrier(self.plan.slice_columns // 8),
+            )
+        )
+        def run(_, ref, index, held):
+            _arrive(ref, index, [_split(words)[0] for words in held.registers.flat])
+
+        run(place[0], place[1] + index, held)
+
+    def wait(self, place, index, nth):
+        """Waits until the barrier has been completed nth + 1 times, and has not been once more."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+        )
+        def run(_, ref, index, nth):
+            _asm(
+                None, [_at(ref, _scalar(index), 8), _and(_scalar(nth), 1)], _WAIT, "r,r",
+                effects=True,
+            )  # fmt: skip
+
+        run(place[0], place[1] + index, nth)
 
     def put(self, sums, ref):
         """Leaves a warpgroup's sums in shared memory, 16 bytes a thread."""
@@ -266,9 +376,33 @@ class Lanes:
                 tile = _add(_mul(_scalar(unit), plan.row_warps), tile)
                 for token in (0, 1):
                     target = arith.select(live, targets[token], _c(-1))
-                    _write(self, out, target, tile, _shr(lane, 2), total[token::2], shares[token])
+                    g, pair = _shr(lane, 2), total[token::2]
+                    if not self.swiglu:
+                        _write_down(plan, out, target, tile, g, pair)
+                        continue
+                    if self.blocked:
+                        # Blocks of 32 columns, of 8 tokens each.
+                        line = _add(_mul(_and(lane, 3), 2), token)
+                        at = _add(_mul(_scalar(slot), plan.rows * 4), _mul(_shr(tile, 2), 256))
+                        at = _add(_add(at, _mul(line, 32)), _mul(_and(tile, 3), 8))
+                    else:
+                        at = _add(_mul(target, plan.rows // 2), _mul(tile, 8))
+                    _write_hidden(out, target, _add(at, g), pair, shares[token])
 
         run(sums_ref, row_ref, share_ref, out_ref, slot, unit)
+
+
+def _arrive(barriers, index, known):
+    """One lane arrives for its warp, once the words in `known` are there in all lanes.
+
+    32 arrivals of a warp at one address would be carried out one after another. That the address
+    depends on the words, by bits that are always zero, makes the arrival wait for their loads.
+    """
+    address = _at(barriers, _scalar(index), 8)
+    zero = _c(0)
+    for word in known:
+        zero = arith.ori(zero, word)
+    _asm(None, [address, zero], _ARRIVE, "r,r", effects=True)
 
 
 def _load_row(pointer, row):
@@ -280,27 +414,28 @@ def _load_row(pointer, row):
     return _join([llvm.extractvalue(_i32(), result, [i]) for i in range(4)])
 
 
-def _write(hooks, out, target, tile, g, pair, share):
+def _write_down(plan, out, target, tile, g, pair):
     """Stores a token's values of rows g and g + 8 of a tile, unless its target row is -1."""
-    if not hooks.swiglu:
-        for half, value in enumerate(pair):
-            row = _add(_add(_mul(tile, 16), g), 8 * half)
-            at = _at(out, _add(_mul(target, hooks.plan.rows), row), 4)
-            store = "{ .reg .pred p; setp.ge.s32 p, $0, 0; @p st.global.f32 [$1], $2; }"
-            _asm(None, [target, at, value], store, "r,l,f", effects=True)
-        return
+    for half, value in enumerate(pair):
+        row = _add(_add(_mul(tile, 16), g), 8 * half)
+        at = _at(out, _add(_mul(target, plan.rows), row), 4)
+        store = "{ .reg .pred p; setp.ge.s32 p, $0, 0; @p st.global.f32 [$1], $2; }"
+        _asm(None, [target, at, value], store, "r,l,f", effects=True)
+
+
+def _write_hidden(out, target, at, pair, share):
+    """Stores a token's SwiGLU of gate and up, times its share, raised; unless its row is -1."""
     gate, up = pair
     power = arith.mulf(gate, _constant(-1.4426950408889634))
     power = _asm(_f32(), [power], "ex2.approx.f32 $0, $1;", "=f,f")
     inverse = _asm(_f32(), [arith.addf(power, _constant(1.0))], "rcp.approx.f32 $0, $1;", "=f,f")
     share = arith.mulf(share, _constant(_RAISE))
     value = arith.mulf(arith.mulf(arith.mulf(gate, inverse), up), share)
-    at = _at(out, _add(_add(_mul(target, hooks.plan.rows // 2), _mul(tile, 8)), g), 2)
     store = (
         "{ .reg .pred p; .reg .b16 h; cvt.rn.bf16.f32 h, $2; "
         "setp.ge.s32 p, $0, 0; @p st.global.b16 [$1], h; }"
     )
-    _asm(None, [target, at, value], store, "r,l,f", effects=True)
+    _asm(None, [target, _at(out, at, 2), value], store, "r,l,f", effects=True)
 
 
 def _multiply_block(total, words, x, factors, fold):
@@ -366,6 +501,11 @@ def _load_words(pointer, count):
         return [_load_at(pointer, 4 * i, _i32(), 4) for i in range(count)]
     loads = [_load_at(pointer, 16 * i, _vector(4, _i32()), 16) for i in range(count // 4)]
     return [word for load in loads for word in _split(load)]
+
+
+def _in_a_load(words):
+    """How many of `_load_words` come in one load."""
+    return 1 if len(words) % 4 else 4
 
 
 def _load(ref, index, kind):

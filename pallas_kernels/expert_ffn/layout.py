@@ -14,8 +14,11 @@ TILE_ROWS = 16
 """Rows of one tensor-core tile (mma m16n8k16)."""
 GROUP = 64
 """Columns whose codes one lane holds in 16 bytes: the granule of a warp's work."""
-BARRIER_WORDS = 32
-"""Of a word where thread blocks meet: a cache line of its own."""
+MEET, CLAIM, DONE = 0, 32, 64
+"""Words where thread blocks meet, claim work, and count what is done of each slot."""
+MOST_SLOTS = 128
+BARRIER_WORDS = DONE + MOST_SLOTS
+"""All zeros, before and after each launch."""
 
 # Where the element (column pair a, row half h) of a lane lies in each 16-bit half of its word:
 # (sign bit, lowest magnitude bit). The kernel moves sign to bit 15 and magnitude to bits 8:6 (a

@@ -69,7 +69,7 @@ def kernel_prefill(mesh) -> Case:
     return kernel("pro-tp8", 256)
 
 
-ONE = Launch(fused=True, own_list=True, own_sum=True)
+ONE = Launch(fused=True)
 
 
 def launched(name: str, t: int, launch: Launch) -> Case:
@@ -110,7 +110,7 @@ def used(mesh) -> Case:
 
 def late(mesh) -> Case:
     """Stages given back one stage later."""
-    return launched("pro-tp8", 8, dataclasses.replace(ONE, release="late"))
+    return launched("pro-tp8", 8, dataclasses.replace(ONE, release="fence"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,3 +253,8 @@ def program(plan, settings: Settings) -> Case:
         max_draft=argument(jnp.int32),
     )
     return Case(make_program(plan, settings), (params, state, request), GPU_OPTIONS)
+
+
+def loaded(mesh) -> Case:
+    """Stages given back when they are in registers."""
+    return launched("pro-tp8", 8, dataclasses.replace(ONE, release="loaded"))

@@ -1,0 +1,463 @@
+"""Both passes in one launch, for at most 8 tokens: thread blocks take units of work in turn.
+
+None waits for all others before the end. pallas_kernels/README.md draws it.
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.expert_ffn.block import (
+    FINISHER_REGISTERS,
+    MAX_STAGES,
+    PRODUCER_REGISTERS,
+    SHARED_BYTES,
+    common_width,
+    consumer_registers,
+    place,
+)
+from pallas_kernels.expert_ffn.layout import MOST_SLOTS, KernelWeights, Plan
+from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
+
+_CLAIMS = 32
+"""Claims whose numbers are kept: more than can be under way between producer and finisher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """A launch: what its warpgroups do, and how its memory is cut.
+
+    All units of all slots stand in one queue: gate/up's first, slot by slot, then down's. A block
+    claims the next one whenever its ring has room (`claim`), so that blocks whose memory is slower
+    do less, and a unit of down waits for its slot's gate/up alone, which was claimed long before.
+
+    Attributes:
+      up: plan of gate and up.
+      down: plan of the down matrix.
+      hooks: of both matrices.
+      grid: hooks of the launch.
+      slots: that its tokens can open.
+      ctas: thread blocks, one for each SM; all must be resident, for the sum at the end.
+      stages: of the ring.
+      time_line: also return when each warpgroup began and ended what.
+    """
+
+    up: Plan
+    down: Plan
+    hooks: tuple[typing.Any, typing.Any]
+    grid: typing.Any
+    slots: int
+    ctas: int
+    stages: int
+    time_line: bool
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return self.up.warps // 4
+
+    @property
+    def run_units(self) -> int:
+        """Units of down in one claim: enough that their weights outweigh the hidden rows."""
+        return run_units(self.down)
+
+    @property
+    def lag(self) -> int:
+        """Claims of down whose weights are under way before the first one's hidden rows are.
+
+        The stages of so many claims must fit into the ring, or the producer would wait for
+        consumers that wait for the rows.
+        """
+        return self.stages // (self.run_units * self.down.parts) // 2
+
+    @property
+    def buffers(self) -> int:
+        """Places for hidden rows: as many claims as the ring holds, less those that lag."""
+        return x_buffers(self.down, self.stages)
+
+    @property
+    def told(self) -> tuple[tuple[str, int, int], ...]:
+        """Barriers among warps: name, how many, warpgroups that arrive."""
+        groups = self.consumers
+        return (
+            ("empty", self.stages, groups),
+            ("x_empty", self.buffers, groups),
+            ("put", 2, groups),
+            ("taken", 2, 1),
+        )
+
+    # --- the queue --------------------------------------------------------------------------------
+
+    def bounds(self, refs):
+        """The first claim of down, and the first that does not exist."""
+        count = refs["count"][0]
+        first = count * self.up.units
+        return first, first + count * (self.down.units // self.run_units)
+
+    def claimed(self, refs, nth):
+        """Number in the queue of this block's nth claim."""
+        return refs["claims"][lax.rem(nth, _CLAIMS)]
+
+    def down_place(self, claim, first):
+        """Slot and first unit of a claim of down."""
+        runs = self.down.units // self.run_units
+        return lax.div(claim - first, runs), lax.rem(claim - first, runs) * self.run_units
+
+    # --- producer ---------------------------------------------------------------------------------
+
+    def produce(self, refs):
+        """Claims, and copies weights stage after stage, hidden rows when they are there."""
+        grid, flags, hooks = self.grid, refs["flags"], self.hooks[0]
+        ticket = grid.claim(flags, 0)
+        plgpu.barrier_wait(refs["listed"])
+        self.stamp(refs, 1)
+        first, end = self.bounds(refs)
+
+        def publish(nth, ticket):
+            """The claim that a ticket stands for, known to all; and the next ticket."""
+            claim = grid.publish(ticket, refs["claims"], lax.rem(nth, _CLAIMS))
+            return claim, grid.claim(flags, nth + 1)
+
+        def copy_stage(index, source):
+            stage, turn = lax.rem(index, self.stages), lax.div(index, self.stages)
+            pl.when(turn > 0)(lambda: hooks.wait(refs["empty"], stage, turn - 1))
+            target = place(refs["ring"], stage, source)
+            plgpu.copy_gmem_to_smem(source, target, refs["full"].at[stage])
+
+        def copy_unit(plan, weights, slot, unit, index):
+            expert = refs["expert"][slot]
+            for part in range(plan.parts):
+                copy_stage(index + part, weights.at[expert, unit * plan.parts + part])
+            return index + plan.parts
+
+        def up_claim(carry):
+            nth, index, claim, ticket = carry
+            slot, unit = lax.div(claim, self.up.units), lax.rem(claim, self.up.units)
+            index = copy_unit(self.up, refs["weights"][0], slot, unit, index)
+            return nth + 1, index, *publish(nth + 1, ticket)
+
+        def copy_rows(m, known):
+            """Hidden rows of this block's mth claim of down, once they are whole."""
+            slot, _ = self.down_place(self.claimed(refs, nth0 + m), first)
+            known = grid.slots_done(flags, slot, known, self.up.units, refs["count"][0])
+            buffer, turn = lax.rem(m, self.buffers), lax.div(m, self.buffers)
+            pl.when(turn > 0)(lambda: hooks.wait(refs["x_empty"], buffer, turn - 1))
+            target = refs["rows"].at[buffer]
+            plgpu.copy_gmem_to_smem(refs["seen"].at[slot], target, refs["x_full"].at[buffer])
+            return known
+
+        def down_claim(carry):
+            m, index, claim, ticket, known = carry
+            known = lax.cond(m >= self.lag, lambda: copy_rows(m - self.lag, known), lambda: known)
+            slot, unit = self.down_place(claim, first)
+            for nth in range(self.run_units):
+                index = copy_unit(self.down, refs["weights"][1], slot, unit + nth, index)
+            return m + 1, index, *publish(nth0 + m + 1, ticket), known
+
+        zero = jnp.int32(0)
+        carry = zero, zero, *publish(0, ticket)
+        nth0, index, claim, ticket = lax.while_loop(lambda c: c[2] < first, up_claim, carry)
+        self.stamp(refs, 2)
+        carry = zero, index, claim, ticket, zero
+        m, index, _, ticket, known = lax.while_loop(lambda c: c[2] < end, down_claim, carry)
+        lax.fori_loop(jnp.maximum(m - self.lag, 0), m, lambda k, known: copy_rows(k, known), known)
+        self.stamp(refs, 3)
+        # The last ticket has come before anybody can clear the count it was drawn from.
+        grid.publish(ticket, refs["claims"], lax.rem(nth0 + m + 1, _CLAIMS))
+        # The stage after the last: no bytes, only the claim that does not exist.
+        stage, turn = lax.rem(index, self.stages), lax.div(index, self.stages)
+        pl.when(turn > 0)(lambda: hooks.wait(refs["empty"], stage, turn - 1))
+        plgpu.barrier_arrive(refs["full"].at[stage])
+        # Pallas' interpreter wants every arrival to be seen.
+        self.see_all(refs["empty"], self.stages, index, seen=index - self.stages + 1)
+        self.see_all(refs["x_empty"], self.buffers, m, seen=m - self.buffers)
+
+    def see_all(self, place, number, count, seen):
+        """Waits for the last of `count` arrivals in turn at `number` barriers, from `seen` on."""
+
+        def step(nth, _):
+            self.hooks[0].wait(place, lax.rem(nth, number), lax.div(nth, number))
+
+        lax.fori_loop(jnp.maximum(seen, 0), count, step, None)
+
+    # --- consumers --------------------------------------------------------------------------------
+
+    def consume(self, refs):
+        """Multiplies what comes, and puts down the sums of each unit."""
+        group = lax.axis_index("wg")
+        x = self.hooks[0].operands(self.hooks[0].fetch(refs["x"], None, 0, group))
+        plgpu.barrier_wait(refs["listed"])
+        first, end = self.bounds(refs)
+
+        def wait_full(index):
+            plgpu.barrier_wait(refs["full"].at[lax.rem(index, self.stages)])
+
+        def multiply_unit(which, x, index, unit, waited):
+            """All stages of a unit, the first of which may have been waited for."""
+            plan, hooks, sums = (self.up, self.down)[which], self.hooks[which], None
+            for part in range(plan.parts):
+                if part or not waited:
+                    wait_full(index + part)
+                stage = lax.rem(index + part, self.stages)
+                source = place(refs["ring"], stage, refs["weights"][which])
+                sums = hooks.multiply(sums, x, part, source, group, (refs["empty"], stage))
+            buffer, turn = lax.rem(unit, 2), lax.div(unit, 2)
+            pl.when(turn > 0)(lambda: hooks.wait(refs["taken"], buffer, turn - 1))
+            hooks.put(sums, refs["sums"].at[buffer, group])
+            hooks.arrive(refs["put"], buffer)
+            return index + plan.parts
+
+        def next_claim(nth, index):
+            wait_full(index)
+            return self.claimed(refs, nth)
+
+        def up_claim(carry):
+            nth, index, unit, _ = carry
+            index = multiply_unit(0, x, index, unit, True)
+            return nth + 1, index, unit + 1, next_claim(nth + 1, index)
+
+        def down_claim(carry):
+            nth, index, unit, _, m = carry
+            buffer = lax.rem(m, self.buffers)
+            plgpu.barrier_wait(refs["x_full"].at[buffer])
+            rows = self.hooks[1].held(refs["rows"].at[buffer], group)
+            self.hooks[1].arrive_after(refs["x_empty"], buffer, rows)
+            for k in range(self.run_units):
+                index = multiply_unit(1, rows, index, unit + k, k == 0)
+            unit = unit + self.run_units
+            return nth + 1, index, unit, next_claim(nth + 1, index), m + 1
+
+        zero = jnp.int32(0)
+        carry = zero, zero, zero, next_claim(zero, zero)
+        self.stamp(refs, 0)
+        carry = lax.while_loop(lambda c: c[3] < first, up_claim, carry)
+        self.stamp(refs, 1)
+        carry = lax.while_loop(lambda c: c[3] < end, down_claim, (*carry, zero))
+        self.stamp(refs, 2)
+        # The finisher learns that there is no other unit.
+        buffer, turn = lax.rem(carry[2], 2), lax.div(carry[2], 2)
+        pl.when(turn > 0)(lambda: self.hooks[0].wait(refs["taken"], buffer, turn - 1))
+        self.hooks[0].arrive(refs["put"], buffer)
+        self.see_all(refs["taken"], 2, carry[2], seen=carry[2] - 1)
+
+    # --- finisher ---------------------------------------------------------------------------------
+
+    def finish(self, refs):
+        """Lists the work; adds up what the consumers put down; in the end, adds up the experts."""
+        grid, flags, block = self.grid, refs["flags"], lax.axis_index("cta")
+        grid.make_list(refs["ids"], refs["routing"], self.lists(refs))
+        plgpu.barrier_arrive(refs["listed"])
+        first, end = self.bounds(refs)
+
+        def wait_put(unit):
+            self.hooks[0].wait(refs["put"], lax.rem(unit, 2), lax.div(unit, 2))
+
+        def finish_unit(which, out, slot, row_unit, unit):
+            hooks, buffer = self.hooks[which], lax.rem(unit, 2)
+            hooks.finish(
+                refs["sums"].at[buffer], refs["choice"], refs["share"], out, slot, row_unit
+            )
+            hooks.arrive(refs["taken"], buffer)
+
+        def next_claim(nth, unit):
+            wait_put(unit)
+            return self.claimed(refs, nth)
+
+        def up_claim(carry):
+            nth, claim = carry
+            slot = lax.div(claim, self.up.units)
+            finish_unit(0, refs["hidden"], slot, lax.rem(claim, self.up.units), nth)
+            grid.tell_done(flags, slot)
+            return nth + 1, next_claim(nth + 1, nth + 1)
+
+        def down_claim(carry):
+            nth, unit, claim = carry
+            slot, row_unit = self.down_place(claim, first)
+            for k in range(self.run_units):
+                if k:
+                    wait_put(unit + k)
+                finish_unit(1, refs["results"], slot, row_unit + k, unit + k)
+            unit = unit + self.run_units
+            return nth + 1, unit, next_claim(nth + 1, unit)
+
+        zero = jnp.int32(0)
+        nth, claim = lax.while_loop(
+            lambda c: c[1] < first, up_claim, (zero, next_claim(zero, zero))
+        )
+        self.stamp(refs, 1)
+        lax.while_loop(lambda c: c[2] < end, down_claim, (nth, nth, claim))
+        self.stamp(refs, 2)
+        grid.meet(flags, block)
+        self.stamp(refs, 3)
+        # All claims are made, all rows of hidden values were read: ready for the next launch.
+        pl.when(block == 0)(lambda: grid.clear(flags))
+        grid.add(refs["results"], refs["live"], refs["y"], block)
+        self.stamp(refs, 4)
+
+    def lists(self, refs):
+        """What `make_list` writes."""
+        names = ("count", "expert", "choice", "share", "live", "bits")
+        return {name: refs[name] for name in names}
+
+    def stamp(self, refs, event):
+        """Notes the time in a time line."""
+        if self.time_line:
+            self.grid.stamp(refs["stamps"], lax.axis_index("cta"), lax.axis_index("wg"), event)
+
+    # --- launch -----------------------------------------------------------------------------------
+
+    def run(self, refs):
+        """The kernel: each warpgroup takes its role and its share of the registers."""
+        role, groups = lax.axis_index("wg"), self.consumers
+        refs = refs | self.hooks[0].make_told(refs, self.told)
+
+        @pl.when(role == groups + 1)
+        def _():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            self.stamp(refs, 0)
+            self.produce(refs)
+
+        @pl.when(role == groups)
+        def _():
+            plgpu.set_max_registers(FINISHER_REGISTERS, action="decrease")
+            self.stamp(refs, 0)
+            self.finish(refs)
+
+        @pl.when(role < groups)
+        def _():
+            plgpu.set_max_registers(consumer_registers(groups), action="increase")
+            self.consume(refs)
+
+    def scratch_types(self, stage_shape: tuple[int, int]) -> dict:
+        """Ring, hidden rows, sums, work list and barriers."""
+        integer = functools.partial(plgpu.SMEM, dtype=jnp.int32)
+        return dict(
+            ring=plgpu.SMEM((self.stages, *stage_shape), jnp.uint32),
+            rows=plgpu.SMEM((self.buffers, *rows_shape(self.down)), jnp.bfloat16),
+            sums=plgpu.SMEM((2, self.consumers, 512), jnp.float32),
+            full=plgpu.Barrier(num_barriers=self.stages),
+            x_full=plgpu.Barrier(num_barriers=self.buffers),
+            listed=plgpu.Barrier(),
+            **self.hooks[0].told_types(self.told),
+            claims=integer((_CLAIMS,)),
+            count=integer((1,)),
+            expert=integer((self.slots,)),
+            choice=integer((self.slots, TOKENS)),
+            share=plgpu.SMEM((self.slots, TOKENS), jnp.float32),
+            live=integer((self.grid.t,)),
+            bits=integer((self.grid.words,)),
+        )
+
+    def call(self, x, weights, ids, routing, interpret, seen=None) -> dict[str, Array]:
+        """Launches; returns outputs by name."""
+        width = common_width(self.up, self.down)
+        words = [w.reshape(*w.shape[:2], -1, width) for w in (weights.gate_up, weights.down)]
+        inputs = dict(x=x, ids=ids, routing=routing, flags=weights.barrier)
+        inputs |= {} if seen is None else dict(seen=seen)
+        t, c = ids.shape
+        outputs = dict(
+            hidden=jax.ShapeDtypeStruct((self.slots, *rows_shape(self.down)), jnp.bfloat16),
+            results=jax.ShapeDtypeStruct((t * c, self.down.rows), jnp.float32),
+            y=jax.ShapeDtypeStruct((t, self.down.rows), jnp.float32),
+        )
+        if self.time_line:
+            shape = (self.ctas, self.consumers + 2, EVENTS, 2)
+            outputs["stamps"] = jax.ShapeDtypeStruct(shape, jnp.uint32)
+
+        def body(*arguments, **scratch):
+            given = dict(zip(inputs, arguments, strict=False))
+            rest = arguments[len(inputs) :]
+            outs = dict(zip(outputs, rest[len(words) :], strict=True))
+            refs = {**given, **outs, **scratch, "weights": rest[: len(words)]}
+            refs.setdefault("seen", refs["hidden"])
+            self.run(refs)
+
+        kernel = plgpu.kernel(
+            body,
+            out_type=tuple(outputs.values()),
+            grid=(self.ctas,),
+            grid_names=("cta",),
+            num_threads=self.consumers + 2,
+            thread_name="wg",
+            scratch_types=self.scratch_types(max((w.shape[-2:] for w in words), key=math.prod)),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            kernel_name="expert_ffn",
+            interpret=interpret,
+        )
+        return dict(zip(outputs, kernel(*inputs.values(), *words), strict=True))
+
+
+EVENTS = 6
+"""Moments that a warpgroup can note for a time line."""
+
+
+def run_units(down: Plan) -> int:
+    """Units of down in one claim, whose weights are at least six times its hidden rows' bytes."""
+    rows = 2 * math.prod(rows_shape(down))
+    whole = 4 * down.stage_words * down.parts
+    fit = [n for n in range(1, down.units + 1) if down.units % n == 0 and n * whole >= 6 * rows]
+    return fit[0] if fit else down.units
+
+
+def rows_shape(down: Plan) -> tuple[int, int]:
+    """A slot's hidden rows: blocks of 32 columns of 8 tokens each."""
+    return down.columns // 32, 32 * TOKENS
+
+
+def x_buffers(down: Plan, stages: int) -> int:
+    """Places for hidden rows."""
+    claims = stages // (run_units(down) * down.parts)
+    return max(2, claims - claims // 2 + 1)
+
+
+def flow_stages(up: Plan, down: Plan, listed: int) -> int:
+    """Stages of the ring: what shared memory holds beside hidden rows, sums and list."""
+    stage, sums = max(4 * p.stage_words for p in (up, down)), 2 * up.warps * 512
+    for stages in range(MAX_STAGES, 0, -1):
+        rows = x_buffers(down, stages) * 2 * math.prod(rows_shape(down))
+        if stages * stage + rows + sums + listed <= SHARED_BYTES:
+            return stages
+    return 0
+
+
+def flow_misfit(up: Plan, down: Plan, t: int, c: int, experts: int) -> str | None:
+    """Why both passes cannot be one flow, or None."""
+    slots = most_slots(t, c, experts)
+    if t > TOKENS or t * c > MOST_SLOTS:
+        return f"{t} tokens of {c} choices are more than {TOKENS}, or {MOST_SLOTS} choices"
+    if up.warps != down.warps:
+        return f"the matrices have {up.warps} and {down.warps} warps"
+    if common_width(up, down) is None:
+        return f"stages of {up.stage_words} and {down.stage_words} words have no common width"
+    if flow_stages(up, down, list_bytes(slots)) < 3:
+        return "the ring would have less than 3 stages"
+    return None
+
+
+def list_bytes(slots: int) -> int:
+    """Shared memory of list, claims and barriers: each array begins at a multiple of 1024."""
+    return 1024 * (2 * -(-4 * TOKENS * slots // 1024) + -(-4 * slots // 1024) + 6)
+
+
+def make_flow(weights: KernelWeights, t, c, make, grid, launch) -> Flow:
+    """The flow of a layer's weights.
+
+    Raises:
+      ValueError: if they do not fit one.
+    """
+    up, down = weights.gate_up_plan, weights.down_plan
+    experts = weights.gate_up.shape[0]
+    if (misfit := flow_misfit(up, down, t, c, experts)) is not None:
+        raise ValueError(f"fused=True does not fit these weights and tokens: {misfit}.")
+    slots = most_slots(t, c, experts)
+    stages = launch.stages or flow_stages(up, down, list_bytes(slots))
+    hooks = make(up, True), make(down, False)
+    return Flow(up, down, hooks, grid, slots, launch.ctas, stages, launch.time_line)
