@@ -4,7 +4,6 @@ A `Reg` is one 32-bit register of each thread: an int, a float or a condition. `
 has no operator. Tests hold a second machine whose registers are numpy arrays, one element a thread.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 from jax.experimental.mosaic.gpu import utils
@@ -217,11 +216,22 @@ class Machine:
             scf.yield_([r.value for r in results])
         return [Reg(value) for value in loop.results]
 
-    @contextlib.contextmanager
-    def only(self, condition: Reg):
-        """Threads for which the condition does not hold skip what follows; no results of it."""
-        with utils.when(condition.value):
-            yield
+    def any(self, condition: Reg) -> Reg:
+        """Whether it holds for a lane of the warp."""
+        text = (
+            "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; vote.sync.any.pred q, p, -1; "
+            "selp.b32 $0, 1, 0, q; }"
+        )
+        return _results(1, _i32(), [_flag(condition)], text, "=r,r", True)[0] > 0
+
+    def branch(self, condition: Reg, then: Callable, otherwise: Sequence[Reg]) -> list[Reg]:
+        """then() in warps for all of whose lanes the condition holds, else `otherwise`."""
+        branch = scf.IfOp(condition.value, [r.value.type for r in otherwise], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.yield_([r.value for r in then()])
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_([r.value for r in otherwise])
+        return [Reg(value) for value in branch.results]
 
 
 def _i32():

@@ -7,6 +7,7 @@ bounds this is one trip to memory, the launch, and the SMs that take part.
 
 import dataclasses
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,27 @@ ROWS = 16
 MOST_WARPS = 16
 LOG2E = math.log2(math.e)
 MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a lane is: registers.
+
+    Attributes:
+      sequence, kv, tile: of its thread block.
+      first: row of the arrays of all rings with which its ring begins.
+      start, last: positions of the block's first row and of the last that is cached.
+      g, c: lane / 4 and lane % 4.
+    """
+
+    sequence: typing.Any
+    kv: typing.Any
+    tile: typing.Any
+    first: typing.Any
+    start: typing.Any
+    last: typing.Any
+    g: typing.Any
+    c: typing.Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +64,9 @@ class Ring:
     s: int
     window: int
     sink: bool
+
+    name = "attention_ring"
+    """Of the kernel."""
 
     @property
     def group(self) -> int:
@@ -87,14 +112,19 @@ class Ring:
         sequence, kv = head // self.k, head % self.k
         rows = [tile * ROWS + g, tile * ROWS + g + 8]
         shared = m.const(self.shares) > warp
-        query = [self._query(m, refs["q"], sequence, kv, row, c) for row in rows]
+        query = [self._query(m, refs, sequence, kv, row, c) for row in rows]
         first = (sequence * self.k + kv) * self.s
-        key = [self._key(m, refs["keys"], first, warp * KEYS + g + 8 * i, c) for i in (0, 1)]
+        own = [warp * KEYS + g + 8 * i for i in (0, 1)]
         mine = [warp * KEYS + c * 2 + place for place in (0, 1, 8, 9)]
+        key = [self._key(m, refs["keys"], first, row, c) for row in own]
         value = [self._value(m, refs["values"], first, row, g) for row in mine]
         (start,) = m.load(refs["start"], sequence, 4, 1)
         (live,) = m.load(refs["live"], sequence, 4, 1)
-        positions = [self._position(m, start + live - 1, row) for row in mine]
+        last = start + live - 1
+        query = [self._ready(m, row, c) for row in query]
+        where = Place(sequence, kv, tile, first, start, last, g, c)
+        key, value = self._renew(m, refs, where, own, mine, key, value)
+        positions = [self._position(m, last, row) for row in mine]
         # What no row of the block sees may be anything, NaN too: 0 times NaN is not 0.
         used = [(p >= 0) & (p > start - self.window) for p in positions]
         value = [
@@ -116,25 +146,38 @@ class Ring:
         m.barrier()
         self._finish(m, refs, sequence, kv, tile)
 
-    def _query(self, m, ref, sequence, kv, row, c):
-        """A lane's pieces of a query row."""
+    def _query(self, m, refs, sequence, kv, row, c):
+        """Starts to load a lane's pieces of a query row."""
         row = m.minimum(row, self.t * self.group - 1)
         token, head = row // self.group, kv * self.group + row % self.group
-        return self._pieces(m, ref, ((sequence * self.t + token) * self.n + head) * self.h, c)
+        at = ((sequence * self.t + token) * self.n + head) * self.h
+        return self._pieces(m, refs["q"], at, c)
+
+    def _ready(self, m, query, c):
+        """The pieces of a query row, from what was loaded."""
+        del m, c
+        return query
+
+    def _renew(self, m, refs, where, own, mine, key, value):
+        """Keys of the rows `own` and values of the rows `mine`, the block's own among them."""
+        del m, refs, where, own, mine
+        return key, value
 
     def _key(self, m, ref, first, row, c):
         """A lane's pieces of a ring's row; of rows past the last, of the last."""
         return self._pieces(m, ref, (first + m.minimum(row, self.s - 1)) * self.h, c)
 
-    def _pieces(self, m, ref, start, c):
+    def _pieces(self, m, ref, start, c, there=None):
         """4 words for 32 columns, 8 a lane, and 2 for the last 16.
 
         The order of columns in a product is free, as long as queries and keys have the same.
         """
-        found = [m.load(ref, start + (c * 8 + 32 * i), 2, 4, None) for i in range(self.h // 32)]
-        if self.h % 32:
-            found.append(m.load(ref, start + (c * 4 + (self.h - 16)), 2, 2))
-        return found
+        return [m.load(ref, start + at, 2, words, there) for at, words in self._columns_of(c)]
+
+    def _columns_of(self, c):
+        """(first column, words) of a lane's pieces of a query or a key."""
+        found = [(c * 8 + 32 * i, 4) for i in range(self.h // 32)]
+        return found + ([(c * 4 + (self.h - 16), 2)] if self.h % 32 else [])
 
     def _value(self, m, ref, first, row, g):
         """A lane's columns of a row of values."""
@@ -268,14 +311,17 @@ class Ring:
 
 def ring_attention(q, keys, values, start, live, sink, window: int):
     """See `api.decode_attention`; one launch."""
-    b, t, n, h = q.shape
-    shape = Ring(
-        b, t, n, h, values.shape[3], keys.shape[1], keys.shape[2], window, sink is not None
-    )
-    named = dict(q=q, keys=keys, values=values, start=start, live=live)
-    if sink is not None:
-        named["sink"] = sink.astype(jnp.float32)
-    names = (*named, "out", "sums", "tops", "totals")
+    (b, t, n, h), (k, s), v = q.shape, keys.shape[1:3], values.shape[3]
+    shape = Ring(b, t, n, h, v, k, s, window, sink is not None)
+    inputs = dict(q=q, keys=keys, values=values, start=start, live=live)
+    return launch(shape, inputs, sink, q.dtype)
+
+
+def launch(shape: Ring, inputs: dict, sink, dtype):
+    """Runs a thread block for each tile of query rows; inputs may be references to write to."""
+    if shape.sink:
+        inputs = {**inputs, "sink": sink.astype(jnp.float32)}
+    names = (*inputs, "out", "sums", "tops", "totals")
 
     def body(*refs):
         from pallas_kernels.attention.machine import Machine, Reg
@@ -292,8 +338,8 @@ def ring_attention(q, keys, values, start, live, sink, window: int):
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((b, t, n, shape.v), q.dtype),
-        grid=(b * shape.k * shape.tiles,),
+        out_type=jax.ShapeDtypeStruct((shape.b, shape.t, shape.n, shape.v), dtype),
+        grid=(shape.b * shape.k * shape.tiles,),
         grid_names=("block",),
         num_threads=shape.warpgroups,
         thread_name="wg",
@@ -303,5 +349,5 @@ def ring_attention(q, keys, values, start, live, sink, window: int):
             plgpu.SMEM((shape.shares * ROWS,), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        kernel_name="attention_ring",
-    )(*named.values())
+        kernel_name=shape.name,
+    )(*inputs.values())

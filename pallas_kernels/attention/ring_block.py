@@ -1,0 +1,130 @@
+"""A window layer's block in one launch: rotate, write the ring, attend.
+
+Every thread block rotates the new keys that it needs for itself, so that none waits for another;
+the first of a key/value head also writes them to the ring. Others may read those rows of the ring
+before or after: they take the new ones instead.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import rotary
+from pallas_kernels.attention.ring import Ring, launch
+
+
+@dataclasses.dataclass(frozen=True)
+class RingBlock(Ring):
+    """A `Ring` whose queries, keys and values come as one product, [b, t, k, (group + 1) h + v].
+
+    Attributes:
+      half: half of the columns that are rotated.
+      scale: of the values, rounded to bfloat16.
+    """
+
+    half: int
+    scale: float
+
+    name = "attention_ring_block"
+
+    def misfit(self) -> str | None:
+        """Why the kernel cannot take these shapes."""
+        return Ring.misfit(self) or rotary.misfit(self.h, self.half)
+
+    def _head(self, row, kv):
+        """First element of a key/value head's part of a row [b t] of the product."""
+        return (row * self.k + kv) * ((self.group + 1) * self.h + self.v)
+
+    def _query(self, m, refs, sequence, kv, row, c):
+        """Starts to load a lane's pieces of a query row, and its angles."""
+        row = m.minimum(row, self.t * self.group - 1)
+        token = sequence * self.t + row // self.group
+        at = self._head(token, kv) + (row % self.group) * self.h
+        pieces = self._pieces(m, refs["qkv"], at, c)
+        return pieces, rotary.load_angles(m, refs, token, self.half, c)
+
+    def _ready(self, m, query, c):
+        """Rotated."""
+        return rotary.rotate(m, *query, self.half, c)
+
+    def _renew(self, m, refs, where, own, mine, key, value):
+        """The block's own keys and values in their places, by the few warps that have one."""
+        new = [self._is_new(m, where, row) for row in own]
+        words = [w for row in (*key, *value) for piece in row for w in piece]
+
+        def renewed():
+            keys = [
+                self._new_key(m, refs, where, row, is_new, old)
+                for row, is_new, old in zip(own, new, key, strict=True)
+            ]
+            values = [self._new_value(m, refs, where, *x) for x in zip(mine, value, strict=True)]
+            return [w for row in (*keys, *values) for piece in row for w in piece]
+
+        found = iter(m.branch(m.any(new[0] | new[1]), renewed, words))
+        key, value = (
+            [[[next(found) for _ in piece] for piece in row] for row in rows]
+            for rows in (key, value)
+        )
+        return key, value
+
+    def _is_new(self, m, where, row):
+        return self._position(m, where.last, row) >= m.maximum(where.start, 0)
+
+    def _token(self, m, where, row):
+        """The row [b t] of the product that a row of the ring comes from."""
+        token = self._position(m, where.last, row) - where.start
+        return where.sequence * self.t + m.minimum(m.maximum(token, 0), self.t - 1)
+
+    def _new_key(self, m, refs, where, row, is_new, old):
+        """A lane's pieces of a key: the block's own if it is new, which tile 0 writes."""
+        token = self._token(m, where, row)
+        at = self._head(token, where.kv) + self.group * self.h
+        pieces = self._pieces(m, refs["qkv"], at, where.c, is_new)
+        angles = rotary.load_angles(m, refs, token, self.half, where.c, is_new)
+        pieces = rotary.rotate(m, pieces, angles, self.half, where.c)
+        write = is_new & where.tile.equals(0)
+        for (column, _), words in zip(self._columns_of(where.c), pieces, strict=True):
+            m.store(refs["keys"], (where.first + row) * self.h + column, 2, words, write)
+        return _chosen(m, is_new, pieces, old)
+
+    def _new_value(self, m, refs, where, row, old):
+        """A lane's columns of a row of values likewise, scaled."""
+        is_new = self._is_new(m, where, row)
+        base = self._head(self._token(m, where, row), where.kv) + (self.group + 1) * self.h
+        write, pieces = is_new & where.tile.equals(0), []
+        for column, width in self.columns:
+            at = where.g * width + column
+            words = m.load(refs["qkv"], base + at, 2, width // 2, is_new)
+            words = [
+                m.pack(*(half * m.const(self.scale) for half in m.unpack(word))) for word in words
+            ]
+            m.store(refs["values"], (where.first + row) * self.v + at, 2, words, write)
+            pieces.append(words)
+        return _chosen(m, is_new, pieces, old)
+
+
+def _chosen(m, condition, new, old):
+    """The pieces of `new` where the condition holds, else of `old`."""
+    return [
+        [m.where(condition, a, b) for a, b in zip(*pair, strict=True)]
+        for pair in zip(new, old, strict=True)
+    ]
+
+
+def shape_of(qkv, cos, keys, values, window: int, sink, value_scale: float) -> RingBlock:
+    """The shapes of a call."""
+    (b, k, s, h), v, t = keys.shape, values.shape[3], qkv.shape[1]
+    n = (qkv.shape[2] // k - h - v) // h * k
+    scale = float(np.asarray(value_scale, jnp.bfloat16))
+    return RingBlock(b, t, n, h, v, k, s, window, sink is not None, cos.shape[2], scale)
+
+
+def ring_block(qkv, cos, sin, keys, values, start, live, sink, window: int, value_scale: float):
+    """See `api.block_attention`; one launch."""
+    shape = shape_of(qkv, cos, keys, values, window, sink, value_scale)
+    held = [jax.new_ref(x) for x in (keys, values)]
+    inputs = dict(qkv=qkv, cos=cos, sin=sin, keys=held[0], values=held[1], start=start, live=live)
+    out = launch(shape, inputs, sink, qkv.dtype)
+    return out, *(jax.freeze(ref) for ref in held)
