@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from mimo_jax.bench.card import environment, print_json, print_table
 from mimo_jax.compilation import use_compilation_cache
@@ -29,8 +31,18 @@ from mimo_jax.presets import preset
 from mimo_jax.train.config import OptimizerSection, ScheduleSection
 from mimo_jax.train.flops import target_flops
 from mimo_jax.train.optimizer import make_optimizer, make_schedule
-from mimo_jax.train.pretrain import Recipe, abstract_target, init_params, make_step, start_state
+from mimo_jax.train.pretrain import (
+    Recipe,
+    abstract_target,
+    compute_params,
+    init_params,
+    make_step,
+    run_sequences,
+    start_state,
+    token_losses,
+)
 from mimo_jax.train.run import compute_dtype
+from mimo_jax.train.steps import named_leaves
 
 NANO = preset("mimo-nano")
 BILLION = dataclasses.replace(
@@ -87,6 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=["nano", "nano-qat"])
+    parser.add_argument(
+        "--attention", nargs="+", choices=("blocks", "triton"), default=["blocks"],
+        help="implementations to time each case with (default blocks)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="first, how far the kernels' loss and gradients are from those of blocks",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, help="rows of a step, instead of the cases' own")
     parser.add_argument("--steps", type=int, default=10, help="of a timed pass (default 10)")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes (default 3)")
@@ -104,22 +124,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Times the cases, and prints a table and the line of JSON."""
     use_compilation_cache()
-    rows = []
-    for name in options.cases:
+    rows, checks = [], []
+    asked = [(name, attention) for name in options.cases for attention in options.attention]
+    for name, attention in asked:
         case = CASES[name]
-        if options.batch:
-            case = dataclasses.replace(case, batch=options.batch)
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        recipe = dataclasses.replace(case.recipe, attention=attention)
+        case = dataclasses.replace(case, recipe=recipe, batch=options.batch or case.batch)
+        print(f"{name}, {attention} ...", file=sys.stderr, flush=True)
+        row = {"case": name, "attention": attention}
         try:
-            row = {"case": name} | time_case(case, options)
-        except (MimoError, jax.errors.JaxRuntimeError) as error:
-            # Too large for the device: the others are measured all the same.
-            row = {"case": name, "error": str(error).splitlines()[0][:300]}
+            if options.check and attention != "blocks":
+                checks.append(row | check_attention(case))
+                print(checks[-1], file=sys.stderr, flush=True)
+            row |= time_case(case, options)
+        except (MimoError, ValueError, RuntimeError) as error:
+            # Too large for the device, or a kernel that it does not run: the others go on.
+            row["error"] = str(error).splitlines()[0][:300]
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
     if not options.json:
         _print_tables(rows)
-    print_json({"benchmark": "train", **environment(), "peak_tflops": options.peak, "cases": rows})
+    result = {"benchmark": "train", **environment(), "peak_tflops": options.peak}
+    print_json(result | {"checks": checks, "cases": rows})
     return 0
 
 
@@ -166,6 +192,44 @@ def time_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             _run(compiled, state, batch, 2)
         row["kernels"] = busiest(events, options.kernels, 2)
     return row
+
+
+def check_attention(case: Case) -> dict[str, float]:
+    """The loss by the case's implementation and by blocks, and how far gradients are apart.
+
+    Of two rows: ||g - g'|| / ||g'|| of attention's own parameters, g in bfloat16 by kernels or by
+    blocks, g' in float32 by blocks. The kernels are right where both are as far from it.
+    """
+    graph, _ = abstract_target(case.config)
+    params = jax.jit(lambda: init_params(case.config, 1))()
+    tokens = jax.random.randint(
+        jax.random.key(1), (2, case.length), 0, case.config.vocab_size, jnp.int32
+    )
+
+    def gradients(attention: str, dtype: Any):
+        def loss(computed):
+            model = nnx.merge(graph, computed)
+            h, _, _ = run_sequences(model, tokens, 4.0, attention=attention)
+            return token_losses(model, h, tokens)[0].mean()
+
+        computed = jax.jit(compute_params, static_argnums=(1, 2))(params, None, dtype)
+        value, found = jax.jit(jax.value_and_grad(loss))(computed)
+        named = {n: np.asarray(g, np.float64) for n, g in named_leaves(found).items()}
+        return float(value), named
+
+    given = case.recipe.attention
+    exact, wanted = gradients("blocks", jnp.float32)
+    result = {"loss": exact}
+    for name, attention in (("blocks", "blocks"), ("kernels", given)):
+        value, found = gradients(attention, jnp.bfloat16)
+        distances = {
+            n: float(np.linalg.norm(found[n] - g) / np.linalg.norm(g))
+            for n, g in wanted.items()
+            if "attention" in n
+        }
+        result |= {f"{name}_loss": value, f"{name}_worst": max(distances.values())}
+        result[f"{name}_mean"] = statistics.fmean(distances.values())
+    return result
 
 
 def _run(step: Any, state: Any, batch: Any, count: int) -> Any:
@@ -216,7 +280,10 @@ def busiest(events: list[tuple[str, float]], count: int, steps: int) -> list[dic
 
 def _print_tables(rows: list[dict[str, Any]]) -> None:
     columns = ("parameters", "batch", "step_s", "tokens_per_second", "tflops", "peak_share")
-    table = [(r["case"], *(r.get(c, r.get("error", "")) for c in columns)) for r in rows]
+    table = [
+        (f"{r['case']}, {r['attention']}", *(r.get(c, r.get("error", "")) for c in columns))
+        for r in rows
+    ]
     print_table("Training steps", ("case", *(c.replace("_", " ") for c in columns)), table)
     for row in rows:
         if row.get("kernels"):

@@ -53,12 +53,19 @@ class Block(nnx.Module):
         x = self.post_norm(h)
         return h + (self.ffn(x, live, parallel) if self.sparse else self.ffn(x, parallel)), cache
 
-    def sequence(self, h, feed_forward: Callable):
-        """Whole sequences without a cache; `feed_forward(ffn, x)` is the caller's way to run it."""
+    def sequence(self, h, feed_forward: Callable, implementation: str = "blocks"):
+        """Whole sequences without a cache.
+
+        Args:
+          h: the residual stream.
+          feed_forward: `feed_forward(ffn, x)` is the caller's way to run that.
+          implementation: of `attend_sequence`.
+        """
         attention = self.attention
         positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32), h.shape[:2])
         q, k, v = attention.project(self.input_norm(h), positions)
-        heads = attend_sequence(q, k, v, attention.config.window, _value(attention.sink))
+        window, sink = attention.config.window, _value(attention.sink)
+        heads = attend_sequence(q, k, v, window, sink, implementation=implementation)
         h = h + attention.combine(heads, Parallel())
         return h + feed_forward(self.ffn, self.post_norm(h))
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mimo_jax.model.attention import MASKED
+from pallas_kernels.sequence_attention import sequence_attention
 
 CHUNK = 512
 """Queries of a block, where no window divides the sequence."""
@@ -28,6 +29,7 @@ def attend_sequence(
     window: int | None,
     sink: Float[Array, "n"] | None,
     chunk: int = CHUNK,
+    implementation: str = "blocks",
 ) -> Float[Array, "b t n v"]:
     """What `attend` gives for tokens at positions 0 to t-1 that see themselves and those before.
 
@@ -38,6 +40,11 @@ def attend_sequence(
       window: keys that a query sees, its own included; None is all.
       sink: unscaled logits, one more a head.
       chunk: queries of a block.
+      implementation: "blocks", jnp alone; "triton", the kernels of `pallas_kernels`, for one GPU
+        and sequences that they fit; "interpreted", these kernels on any device, slowly.
+
+    Raises:
+      ValueError: if the kernels do not take such arrays.
     """
     b, t, n, _ = q.shape
     groups = k.shape[2]
@@ -45,7 +52,9 @@ def attend_sequence(
     sink = sink.reshape(groups, n // groups)
     q = q.reshape(b, t, groups, n // groups, -1).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    if window is None or t <= 2 * window or t % window:
+    if implementation != "blocks":
+        out = sequence_attention(q, k, v, sink, window=window, implementation=implementation)
+    elif window is None or t <= 2 * window or t % window:
         out = _attend(q, k, v, sink, 0, window, chunk)
     else:
         out = _in_windows(q, k, v, sink, window, chunk)

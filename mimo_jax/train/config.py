@@ -133,6 +133,9 @@ class RunSection:
         "auto", "of computing; auto: float32 on CPUs, else bfloat16",
         choices=("auto", "float32", "bfloat16"),
     )  # fmt: skip
+    attention: str = option(
+        "blocks", "blocks (anywhere), or triton (kernels, on one GPU)", choices=("blocks", "triton")
+    )
     remat: bool = option(False, "compute layers again in the backward pass: less memory")
     loss_chunk: int = option(0, "positions of a row whose logits exist at once; 0 is all", low=0)
     save_every: int = option(200, "steps that a kill may cost; two checkpoints in it", low=1)
@@ -163,7 +166,7 @@ class TrainConfig:
 MAY_CHANGE = frozenset(
     "run.save_every run.keep run.eval_every run.eval_rows run.log_every run.spike run.devices "
     "run.stop_at run.peak_tflops run.tensorboard run.out run.fork run.loss_chunk "
-    "drafter.own_batch".split()
+    "drafter.own_batch run.attention".split()
 )
 """Fields that a run may be continued with other values of: they do not decide what it learns."""
 

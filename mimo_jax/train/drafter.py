@@ -38,6 +38,7 @@ class DraftRecipe:
       accumulate: parts that a batch is taken in.
       chunk: anchors of a row whose logits exist at once; 0 is all.
       capacity: places of the target's experts, times the mean load.
+      attention: implementation of `attend_sequence`, for the target.
     """
 
     weighting: str = "decay"
@@ -51,6 +52,7 @@ class DraftRecipe:
     accumulate: int = 1
     chunk: int = 0
     capacity: float = 3.0
+    attention: str = "blocks"
 
 
 def draw_anchors(
@@ -224,7 +226,7 @@ def draft_loss(
     """
     block, tokens = config.block_size, batch["tokens"]
     anchors, counted = places
-    h, outputs, _ = run_sequences(target, tokens, recipe.capacity)
+    h, outputs, _ = run_sequences(target, tokens, recipe.capacity, attention=recipe.attention)
     features = lax.stop_gradient(tap(outputs, config.target_layer_ids))
     hidden = draft_hidden(drafter, target.embedding[...], features, tokens, anchors, block)
     slots = anchors[..., None] + jnp.arange(1, block, dtype=jnp.int32)

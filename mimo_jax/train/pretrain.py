@@ -44,6 +44,7 @@ class Recipe:
       accumulate: parts that a batch is taken in.
       remat: compute layers again in the backward pass.
       chunk: positions of a row whose logits exist at once; 0 is all.
+      attention: implementation of `attend_sequence`.
     """
 
     rule: str | None = None
@@ -53,6 +54,7 @@ class Recipe:
     accumulate: int = 1
     remat: bool = False
     chunk: int = 0
+    attention: str = "blocks"
 
 
 def is_expert(path) -> bool:
@@ -78,7 +80,11 @@ def compute_params(params: nnx.State, rule: str | None, dtype=jnp.bfloat16) -> n
 
 
 def run_sequences(
-    model: MiMo, tokens: Int32[Array, "b t"], factor: float, remat: bool = False
+    model: MiMo,
+    tokens: Int32[Array, "b t"],
+    factor: float,
+    remat: bool = False,
+    attention: str = "blocks",
 ) -> tuple[Array, list[Array], list[Load]]:
     """Whole sequences: the residual stream, its value after each layer, and the routers' loads."""
     h = lookup(model.embedding[...], tokens)
@@ -94,7 +100,7 @@ def run_sequences(
             found.append(load)
             return mixed
 
-        return layer.sequence(h, feed_forward), found
+        return layer.sequence(h, feed_forward, attention), found
 
     for layer in model.layers:
 
@@ -193,7 +199,7 @@ def make_step(graph, optimizer: optax.GradientTransformation, recipe: Recipe, **
 
     def loss_fn(computed, tokens, trained, total):
         model = nnx.merge(graph, computed)
-        h, _, loads = run_sequences(model, tokens, recipe.capacity, recipe.remat)
+        h, _, loads = run_sequences(model, tokens, recipe.capacity, recipe.remat, recipe.attention)
         nats, _ = token_losses(model, h, tokens, recipe.chunk)
         return (nats * trained[:, 1:]).sum() / total, loads
 
@@ -290,7 +296,7 @@ def make_evaluate(graph, recipe: Recipe) -> Callable:
     @jax.jit
     def evaluate(params, batch):
         model = nnx.merge(graph, compute_params(params, recipe.rule, recipe.dtype))
-        h, _, _ = run_sequences(model, batch["tokens"], factor=math.inf)
+        h, _, _ = run_sequences(model, batch["tokens"], factor=math.inf, attention=recipe.attention)
         nats, right = token_losses(model, h, batch["tokens"], recipe.chunk)
         trained = batch["trained"][:, 1:].astype(jnp.float32)
         return {

@@ -54,6 +54,7 @@ from mimo_jax.train.start import (
     resolve,
 )
 from mimo_jax.train.steps import Steps
+from pallas_kernels.sequence_attention import TILE
 
 KINDS = ("target", "qat", "drafter")
 
@@ -75,10 +76,32 @@ def train(kind: str, config: TrainConfig) -> Result:
     placing = Placing(
         make_mesh(config.run.devices or None), config.run.batch, config.run.accumulate
     )
+    _check_attention(config, placing)
     dtype = compute_dtype(config.run.dtype)
     build = drafter_task if kind == "drafter" else target_task
     task = build(config, out, placing, dtype, kind)
     return run(task, config, placing, dtype)
+
+
+def _check_attention(config: TrainConfig, placing: Placing) -> None:
+    """Refuses the kernels where they cannot run.
+
+    Raises:
+      MimoError: without a GPU, on more than one, or for rows that they do not take.
+    """
+    if config.run.attention == "blocks":
+        return
+    platform = placing.mesh.devices.flat[0].platform
+    if platform != "gpu" or placing.devices > 1:
+        raise MimoError(
+            f"run.attention={config.run.attention!r} is not allowed on {placing.devices} "
+            f"{platform} device(s): it runs on one GPU. Use 'blocks'."
+        )
+    if config.data.length % TILE:
+        raise MimoError(
+            f"data.length={config.data.length} is not allowed with run.attention="
+            f"{config.run.attention!r}: it must be a multiple of {TILE}."
+        )
 
 
 def target_task(
@@ -202,6 +225,7 @@ def _recipe(config: TrainConfig, rule: str | None, dtype: Any) -> Recipe:
         accumulate=config.run.accumulate,
         remat=config.run.remat,
         chunk=config.run.loss_chunk,
+        attention=config.run.attention,
     )
 
 
@@ -212,6 +236,7 @@ def _draft_recipe(config: TrainConfig, dtype: Any) -> DraftRecipe:
         dtype=dtype,
         accumulate=config.run.accumulate,
         chunk=config.run.loss_chunk,
+        attention=config.run.attention,
         **{name: getattr(section, name) for name in names},
     )
 

@@ -36,6 +36,7 @@ from mimo_jax.train.pretrain import (
     lookup,
     make_evaluate,
     make_step,
+    run_sequences,
     start_state,
     token_losses,
 )
@@ -191,6 +192,26 @@ def test_gradients_that_are_written_by_hand(rng):
     )
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative_norm(mine, theirs) < 1e-5
+
+
+def test_kernels_of_attention_give_the_same_gradients(rng):
+    """Through whole layers, of full and of sliding attention."""
+    config = ModelConfig.from_dict(SHAPE | {"vocab_size": 300, "max_position_embeddings": 128})
+    graph, _ = abstract_target(config)
+    params = jax.jit(lambda: init_params(config, 3))()
+    params = jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params)
+    tokens = jnp.asarray(rng.integers(0, 300, (2, 128)), jnp.int32)
+
+    def gradients(attention):
+        def loss(params):
+            model = nnx.merge(graph, params)
+            h, _, _ = run_sequences(model, tokens, math.inf, attention=attention)
+            return token_losses(model, h, tokens)[0].mean()
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+
+    for mine, theirs in zip(gradients("interpreted"), gradients("blocks"), strict=True):
+        assert not np.any(theirs) or relative_norm(mine, theirs) < 1e-4
 
 
 def test_no_product_of_low_precision_is_made_in_float32():
