@@ -12,6 +12,7 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.model.attention import Attention, attend, causal
 from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear
 from mimo_jax.model.moe import MoE
+from mimo_jax.model.prefill_attention import MOST_DECODED, attend_chunk
 from mimo_jax.model.sequence import attend_sequence
 from mimo_jax.sharding import Parallel, normal, param
 
@@ -46,9 +47,12 @@ class Block(nnx.Module):
         attention = self.attention
         q, k, v = attention.project(self.input_norm(h), positions)
         window = attention.config.window
-        cache, keys, values, places = kv.extend(cache, k, v, positions[:, 0], live, window)
-        visible = causal(positions, places, window)
-        heads = attend(q, keys, values, visible, _value(attention.sink))
+        sink = _value(attention.sink)
+        if q.shape[1] > MOST_DECODED:
+            cache, heads = attend_chunk(q, k, v, cache, positions[:, 0], live, window, sink)
+        else:
+            cache, keys, values, places = kv.extend(cache, k, v, positions[:, 0], live, window)
+            heads = attend(q, keys, values, causal(positions, places, window), sink)
         h = h + attention.combine(heads, parallel)
         x = self.post_norm(h)
         return h + (self.ffn(x, live, parallel) if self.sparse else self.ffn(x, parallel)), cache

@@ -1,0 +1,154 @@
+"""The public face of prefill attention: argument checks and the choice of an implementation."""
+
+import functools
+import logging
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.prefill_attention.blocks import prefill_attention_blocks
+from pallas_kernels.prefill_attention.reference import prefill_attention_reference
+
+IMPLEMENTATIONS = ("auto", "reference", "blocks", "mosaic_gpu")
+ALIGN = 128
+"""Tiles of keys begin at multiples of it: `first` must be one for bits that no cut changes."""
+
+_log = logging.getLogger("pallas_kernels")
+
+
+def prefill_attention(
+    q: Float[Array, "b t n h"],
+    keys: Float[Array, "b k s h"],
+    values: Float[Array, "b k s v"],
+    start: Int32[Array, "b"],
+    live: Int32[Array, "b"],
+    *,
+    first: Int32[Array, "b"] | None = None,
+    window: int | None = None,
+    sink: Float[Array, "n"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "b t n v"]:
+    """Causal attention of a chunk of a prompt to keys that already hold the chunk's own rows.
+
+    Rows of keys are in the order of their positions: row i holds position first + i. A query sees
+    positions from 0 up to its own, those before start + live only, and with a window its last
+    `window` ones. What else a row holds, NaN too, weighs nothing if no query of the chunk sees it.
+    The caller answers for rows that its queries see and `keys` does not have: they are left out.
+
+    "reference" is plain jnp in float32, all scores at once. "blocks" is plain jnp, a tile of keys
+    at a time, on any platform. "mosaic_gpu" is the kernel for Hopper, in bfloat16. "auto" takes the
+    kernel where it can run, which is decided when the program is lowered, and blocks elsewhere. On
+    a GPU without the kernel, the reason is logged once.
+
+    With the kernel and `first` a multiple of `ALIGN`, a row's bits depend on its query, its
+    position and the rows it sees: not on how a prompt is cut into chunks, nor on other rows.
+
+    Args:
+      q: rotated queries; head i attends with key/value head i // (n / k).
+      keys: rotated keys.
+      values: values.
+      start: position of each sequence's first query.
+      live: queries that count, first in the chunk; outputs of the others mean nothing, but are
+        finite where their queries are.
+      first: position of the keys' first row, may be negative; None is 0.
+      window: positions that a query sees, its own included.
+      sink: one more logit a head, unscaled, which takes mass and adds no value.
+      implementation: "auto", or the name of one, which then runs or raises.
+
+    Returns:
+      weighted means in q's dtype; zeros for a row that sees nothing.
+
+    Raises:
+      ValueError: on shapes or types that do not fit, or an unknown implementation.
+      NotImplementedError: if "mosaic_gpu" cannot run here.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    _check(q, keys, values, start, live, first, sink)
+    arguments = q, keys, values, start, live, first, sink
+    if implementation == "reference":
+        return prefill_attention_reference(*arguments[:-1], window, sink)
+    blocks = functools.partial(prefill_attention_blocks, window=window)
+    if implementation == "blocks":
+        return blocks(*arguments)
+    refusal = _misfit(q, keys, values) or kernel_absence()
+    if refusal is None:
+        from pallas_kernels.prefill_attention.mosaic_gpu import prefill_attention_mosaic
+
+        kernel = functools.partial(prefill_attention_mosaic, window=window)
+        other = blocks if implementation == "auto" else _refuse
+        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=other)
+    if implementation == "mosaic_gpu":
+        raise refusal
+    if jax.default_backend() == "gpu":
+        _log_once(str(refusal))
+    return blocks(*arguments)
+
+
+def _check(q, keys, values, start, live, first, sink):
+    """Shapes that mean something, whatever implementation runs."""
+    b, _, n, h = q.shape
+    k, s = keys.shape[1:3]
+    if keys.shape != (b, k, s, h) or values.shape[:3] != (b, k, s):
+        raise ValueError(
+            f"q {q.shape}, keys {keys.shape} and values {values.shape} must be [b, t, n, h], "
+            "[b, k, s, h] and [b, k, s, v]."
+        )
+    if n % k:
+        raise ValueError(f"q has {n} heads, the keys {k}: queries must divide among them.")
+    numbers = {"start": start, "live": live} | ({} if first is None else {"first": first})
+    if any(x.shape != (b,) for x in numbers.values()):
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in numbers.items())
+        raise ValueError(f"{shapes} must be [{b}].")
+    if sink is not None and sink.shape != (n,):
+        raise ValueError(f"sink {sink.shape} must be [{n}].")
+
+
+def _misfit(q, keys, values) -> ValueError | None:
+    """Why the kernel cannot take these arguments."""
+    kinds = [str(x.dtype) for x in (q, keys, values)]
+    if set(kinds) != {"bfloat16"}:
+        return ValueError(
+            f"implementation='mosaic_gpu' takes bfloat16; q, keys and values are {kinds}: cast "
+            "them, or use implementation='blocks'."
+        )
+    if kernel_absence():
+        return None
+    from pallas_kernels.prefill_attention.mosaic_gpu import shape_of
+
+    why = shape_of(q, keys, values, None).misfit()
+    if why is None:
+        return None
+    return ValueError(
+        f"implementation='mosaic_gpu' cannot take {why}: use implementation='blocks'."
+    )
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _log.warning("Prefill attention runs in blocks of jnp, which is slow: %s", reason)
+
+
+def _refuse(q, keys, values, start, live, first, sink):
+    """Stands for the kernel in programs for other platforms; to lower it raises."""
+    return _refusal().bind(q, v=values.shape[3])
+
+
+@functools.cache
+def _refusal():
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
+
+    primitive = Primitive("prefill_attention_mosaic_gpu_elsewhere")
+    primitive.def_abstract_eval(lambda q, v: q.update(shape=(*q.shape[:3], v)))
+
+    def lower(context, _, **params):
+        platforms = context.module_context.platforms
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
+            f"{', '.join(platforms)}. Use implementation='auto' or 'blocks'."
+        )
+
+    mlir.register_lowering(primitive, lower)
+    return primitive
