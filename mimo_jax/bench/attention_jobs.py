@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mimo_jax.bench import attention_block_jobs
 from mimo_jax.bench.kernel_cases import Job
 from mimo_jax.bench.kernel_jobs import distance, poison, seconds
 from mimo_jax.decode.program import GPU_OPTIONS
@@ -35,8 +36,9 @@ _READ_GB_S = 4480.0
 
 
 def jobs(check: bool, time: bool) -> list[Job]:
-    """From safe to risky: rings, then long caches; checks before times."""
-    return (checks() if check else []) + (times() if time else [])
+    """From safe to risky: rings, then long caches; checks before times; fused launches last."""
+    found = (checks() if check else []) + (attention_block_jobs.checks() if check else [])
+    return found + (times() + attention_block_jobs.times() if time else [])
 
 
 def checks() -> list[Job]:
@@ -80,6 +82,10 @@ def do(rng, job: Job, held: dict):
         yield from time_layers(rng, job)
     elif job["job"] == "attention-long":
         yield from time_lengths(rng, job)
+    elif job["job"] == "attention-block-check":
+        yield from attention_block_jobs.check(rng, job)
+    elif job["job"] == "attention-block-time":
+        yield from attention_block_jobs.time_layers(rng, job)
 
 
 # --- correctness ----------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention.reference import decode_attention_reference
+from pallas_kernels.attention.reference import (
+    block_attention_reference,
+    decode_attention_reference,
+)
 from pallas_kernels.expert_ffn import kernel_absence
 
 IMPLEMENTATIONS = ("auto", "reference", "mosaic_gpu")
@@ -59,21 +63,95 @@ def decode_attention(
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
+    _check(q, keys, values, start, live, window, sink)
+    reference = functools.partial(_reference, window=window)
+    refusal = _misfit((q, keys, values), q.shape[1]) or kernel_absence()
+    if refusal is None:
+        from pallas_kernels.attention.mosaic_gpu import shape_of
+
+        refusal = _shapeless(shape_of(q, keys, values, window, False).misfit())
+    arguments = q, keys, values, start, live, sink
+    return _run(
+        "decode_attention_mosaic",
+        dict(window=window),
+        reference,
+        arguments,
+        refusal,
+        implementation,
+    )
+
+
+def block_attention(
+    qkv: Float[Array, "b t k rows"],
+    cos: Float[Array, "b t r"],
+    sin: Float[Array, "b t r"],
+    keys: Float[Array, "b k s h"],
+    values: Float[Array, "b k s v"],
+    start: Int32[Array, "b"],
+    live: Int32[Array, "b"],
+    *,
+    window: int | None = None,
+    sink: Float[Array, "n"] | None = None,
+    value_scale: float = 1.0,
+    implementation: str = "auto",
+    fallback: Callable | None = None,
+) -> tuple[Float[Array, "b t n v"], Float[Array, "b k s h"], Float[Array, "b k s v"]]:
+    """`decode_attention` from the projection on: rotates, adds the block to the cache, attends.
+
+    Queries and keys are rotated in float32 and rounded; values times `value_scale`, in their type.
+    Rows that are not live are not written. On a GPU a ring takes one launch and a long cache three;
+    neither is copied if the caller's arrays are not used afterwards, in a loop's carry either.
+
+    Args:
+      qkv: each key/value head's queries, its key and its value, side by side.
+      cos: of each row's angles in float32; columns i and i + r of a head are a pair, those past 2 r
+        are not rotated.
+      sin: likewise.
+      keys: rotated keys of the positions before `start`; the row of position p is p % s.
+      values: their scaled values.
+      start: position of each sequence's first row.
+      live: rows that count, first in the block.
+      window: as in `decode_attention`.
+      sink: as in `decode_attention`.
+      value_scale: of the block's values; rounded to their type.
+      implementation: as in `decode_attention`.
+      fallback: what "auto" runs instead of the reference: a function of `qkv`, `cos`, `sin`,
+        `keys`, `values`, `start`, `live` and `sink`.
+
+    Returns:
+      what `decode_attention` does, and keys and values with the block's.
+
+    Raises:
+      ValueError: on shapes or types that do not fit, or an unknown implementation.
+      NotImplementedError: if "mosaic_gpu" cannot run here.
+    """
+    _check_block(qkv, cos, sin, keys, values, start, live, window, sink)
+    options = dict(window=window, value_scale=float(value_scale))
+    reference = functools.partial(block_attention_reference, **options)
+    if implementation == "auto" and fallback is not None:
+        reference = fallback
+    refusal = _misfit((qkv, keys, values), qkv.shape[1]) or kernel_absence()
+    if refusal is None:
+        from pallas_kernels.attention.mosaic_gpu import block_shape_of
+
+        shape = block_shape_of(qkv, cos, keys, values, window, sink is not None, value_scale)
+        refusal = _shapeless(shape.misfit())
+    arguments = qkv, cos, sin, keys, values, start, live, sink
+    return _run("block_attention_mosaic", options, reference, arguments, refusal, implementation)
+
+
+def _run(kernel: str, options: dict, reference, arguments, refusal, implementation: str):
+    """The kernel of that name where it can run and may, else the reference."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
-    _check(q, keys, values, start, live, window, sink)
-    options = dict(window=window)
-    arguments = q, keys, values, start, live, sink
-    reference = functools.partial(_reference, **options)
     if implementation == "reference":
         return reference(*arguments)
-    refusal = _misfit(q, keys, values, window) or kernel_absence()
     if refusal is None:
-        from pallas_kernels.attention.mosaic_gpu import decode_attention_mosaic
+        from pallas_kernels.attention import mosaic_gpu
 
-        kernel = functools.partial(decode_attention_mosaic, **options)
-        other = reference if implementation == "auto" else _refuse
-        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=other)
+        run = functools.partial(getattr(mosaic_gpu, kernel), **options)
+        other = reference if implementation == "auto" else _refuse(run)
+        return jax.lax.platform_dependent(*arguments, cuda=run, default=other)
     if implementation == "mosaic_gpu":
         raise refusal
     if jax.default_backend() == "gpu":
@@ -106,24 +184,44 @@ def _check(q, keys, values, start, live, window, sink):
         raise ValueError(f"{kind} and a block of {t} needs {least} rows or more; this has {s}.")
 
 
-def _misfit(q, keys, values, window) -> ValueError | None:
-    """Why the kernel cannot take these arguments."""
-    kinds = [str(x.dtype) for x in (q, keys, values)]
+def _check_block(qkv, cos, sin, keys, values, start, live, window, sink):
+    """Likewise, for a block as it was projected."""
+    (b, t, k, rows), h, v = qkv.shape, keys.shape[3], values.shape[3]
+    if (rows - v) % h or rows - v < 2 * h:
+        raise ValueError(
+            f"qkv {qkv.shape} must have whole queries and a key of {h} and a value of {v} for each "
+            "key/value head."
+        )
+    if {str(cos.dtype), str(sin.dtype)} != {"float32"}:
+        raise ValueError(f"cos and sin are {cos.dtype} and {sin.dtype}: they must be float32.")
+    if cos.shape != sin.shape or cos.shape[:2] != (b, t) or not 1 <= cos.shape[2] <= h // 2:
+        raise ValueError(
+            f"cos {cos.shape} and sin {sin.shape} must be [{b}, {t}, r], r at most {h // 2}."
+        )
+    if keys.shape[1] != k:
+        raise ValueError(f"qkv {qkv.shape} has {k} key/value heads, the cache {keys.shape[1]}.")
+    queries = jax.ShapeDtypeStruct((b, t, k * ((rows - v) // h - 1), h), qkv.dtype)
+    _check(queries, keys, values, start, live, window, sink)
+
+
+def _misfit(arrays, t: int) -> ValueError | None:
+    """Why the kernels cannot take these types, or a block of t."""
+    kinds = [str(x.dtype) for x in arrays]
     if set(kinds) != {"bfloat16"}:
         return ValueError(
-            f"implementation='mosaic_gpu' takes bfloat16; q, keys and values are {kinds}: cast "
-            "them, or use implementation='reference'."
+            f"implementation='mosaic_gpu' takes bfloat16; these are {kinds}: cast them, or use "
+            "implementation='reference'."
         )
-    if q.shape[1] > MOST_TOKENS:
+    if t > MOST_TOKENS:
         return ValueError(
             f"implementation='mosaic_gpu' takes blocks of at most {MOST_TOKENS} tokens; this has "
-            f"{q.shape[1]}: use implementation='reference'."
+            f"{t}: use implementation='reference'."
         )
-    if kernel_absence():
-        return None
-    from pallas_kernels.attention.mosaic_gpu import shape_of
+    return None
 
-    why = shape_of(q, keys, values, window, False).misfit()
+
+def _shapeless(why: str | None) -> ValueError | None:
+    """The error for shapes that a kernel cannot take."""
     if why is None:
         return None
     return ValueError(
@@ -136,20 +234,29 @@ def _log_once(reason: str) -> None:
     _log.warning("Decode attention runs on the slow reference: %s", reason)
 
 
-def _refuse(q, keys, values, start, live, sink):
+def _refuse(kernel):
     """Stands for the kernel in programs for other platforms; to lower it raises."""
-    return _refusal().bind(q, v=values.shape[3])
+
+    def refuse(*arguments):
+        shapes = jax.eval_shape(kernel, *arguments)
+        leaves, tree = jax.tree.flatten(shapes)
+        found = _refusal().bind(shapes=tuple((x.shape, x.dtype) for x in leaves))
+        return jax.tree.unflatten(tree, found)
+
+    return refuse
 
 
 @functools.cache
 def _refusal():
+    from jax.core import ShapedArray
     from jax.extend.core import Primitive
     from jax.interpreters import mlir
 
     primitive = Primitive("decode_attention_mosaic_gpu_elsewhere")
-    primitive.def_abstract_eval(lambda q, v: q.update(shape=(*q.shape[:3], v)))
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(lambda *, shapes: [ShapedArray(*shape) for shape in shapes])
 
-    def lower(context, _, **params):
+    def lower(context, **_):
         platforms = context.module_context.platforms
         raise NotImplementedError(
             "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "

@@ -367,8 +367,13 @@ def chunked_attention(q, keys, values, start, live, sink, launch=None):
     rows = rows.reshape(b, shape.k, t * shape.group, h)
     if shape.rows > t * shape.group:
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, shape.rows - t * shape.group), (0, 0)))
+    return attend_rows(shape, rows, keys, values, start, live, sink)
+
+
+def attend_rows(shape: Chunked, rows, keys, values, start, live, sink):
+    """The two launches, on queries [b, k, shape.rows, h]; those that fill up may be anything."""
     parts, tops, totals = shape.call(rows, keys, values, start, live)
-    return combine(shape, q.dtype, parts, tops, totals, start, live, sink)
+    return combine(shape, rows.dtype, parts, tops, totals, start, live, sink)
 
 
 def combine(shape: Chunked, dtype, parts, tops, totals, start, live, sink):

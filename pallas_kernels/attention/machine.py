@@ -107,8 +107,18 @@ class Machine:
         """The greater int or float."""
         return a._with(b, "maximumf" if a.is_float else "maxsi")
 
-    def load(self, ref, index: Reg, width: int, words: int, where: Reg | None = None) -> list[Reg]:
-        """1, 2 or 4 words of global memory, issued in the order of the calls; zeros if not where.
+    def load(
+        self,
+        ref,
+        index: Reg,
+        width: int,
+        words: int,
+        where: Reg | None = None,
+        other: Sequence[Reg] | None = None,
+    ) -> list[Reg]:
+        """1, 2 or 4 words of global memory, issued in the order of the calls.
+
+        If not `where`, they are those of `other`, in the registers that are loaded to; or zeros.
 
         Past the first-level cache only where the hardware must: others may have written before this
         launch, nobody else writes what is read during it.
@@ -119,9 +129,10 @@ class Machine:
         pointer, operands, constraints = _at(ref, index, width), [], "l"
         text = f"{kind} {target}, [${words}];"
         if where is not None:
-            zeros = " ".join(f"mov.b32 {out}, 0;" for out in outputs)
+            zeros = " ".join(f"mov.b32 {out}, 0;" for out in outputs) if other is None else ""
             text = f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0; {zeros} @p {text} }}"
-            operands, constraints = [_flag(where)], "l,r"
+            operands = [_flag(where), *(word.value for word in other or ())]
+            constraints = ",".join(["l", "r", *(str(i) for i in range(len(other or ())))])
         constraints = ",".join(["=&r"] * words + [constraints])
         return _results(words, _i32(), [pointer, *operands], text, constraints, True)
 

@@ -1,9 +1,10 @@
-"""Which of the two kernels a call takes: a ring is read at once, a long cache in chunks."""
+"""Which of the kernels a call takes: a ring is read at once, a long cache in chunks."""
 
 import functools
 
 import jax
 
+from pallas_kernels.attention import ring_block, turn
 from pallas_kernels.attention.chunked import Chunked, Launch, chunked_attention
 from pallas_kernels.attention.ring import Ring, ring_attention
 
@@ -23,3 +24,21 @@ def decode_attention_mosaic(q, keys, values, start, live, sink, *, window, launc
     if window is not None:
         return ring_attention(q, keys, values, start, live, sink, window)
     return chunked_attention(q, keys, values, start, live, sink, launch)
+
+
+def block_shape_of(
+    qkv, cos, keys, values, window, sink: bool, value_scale: float
+) -> ring_block.RingBlock | turn.Turn:
+    """The same for a block as it was projected."""
+    if window is not None:
+        return ring_block.shape_of(qkv, cos, keys, values, window, sink, value_scale)
+    return turn.shape_of(qkv, cos, keys, values, value_scale)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "value_scale"))
+def block_attention_mosaic(qkv, cos, sin, keys, values, start, live, sink, *, window, value_scale):
+    """See `api.block_attention`."""
+    arguments = qkv, cos, sin, keys, values, start, live, sink
+    if window is not None:
+        return ring_block.ring_block(*arguments, window, value_scale)
+    return turn.turned_block(*arguments, value_scale)

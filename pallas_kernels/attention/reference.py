@@ -1,4 +1,4 @@
-"""What decode attention means, in plain jnp and float32; also its implementation on CPUs."""
+"""What attention to a cache means, in plain jnp and float32; also its implementation on CPUs."""
 
 import jax.numpy as jnp
 
@@ -42,3 +42,30 @@ def decode_attention_reference(q, keys, values, start, live, window, sink):
     )
     mixed = (mixed / jnp.maximum(total, 1e-30)).astype(q.dtype)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
+
+
+def block_attention_reference(
+    qkv, cos, sin, keys, values, start, live, sink, *, window, value_scale
+):
+    """Rotates, writes and attends; see `block_attention`."""
+    (b, t, _, width), h, s = qkv.shape, keys.shape[3], keys.shape[2]
+    split = width - h - values.shape[3]
+    q = _rotated(qkv[..., :split].reshape(b, t, -1, h), cos, sin)
+    k = _rotated(qkv[..., split : split + h], cos, sin)
+    v = qkv[..., split + h :] * jnp.asarray(value_scale, qkv.dtype)
+    place = positions(start + live, s)
+    token = place - start[:, None]
+    new, token = ((place >= 0) & (token >= 0))[:, None, :, None], jnp.clip(token, 0, t - 1)
+    keys, values = (
+        jnp.where(new, jnp.take_along_axis(x.swapaxes(1, 2), token[:, None, :, None], axis=2), old)
+        for x, old in ((k.astype(keys.dtype), keys), (v.astype(values.dtype), values))
+    )
+    return decode_attention_reference(q, keys, values, start, live, window, sink), keys, values
+
+
+def _rotated(x, cos, sin):
+    """x [b, t, n, h] with its pairs (i, i + half) turned; columns past 2 half are as they were."""
+    half, cos, sin = cos.shape[2], cos[:, :, None], sin[:, :, None]
+    first, second = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], axis=-1)

@@ -167,17 +167,12 @@ class Ring:
         """A lane's pieces of a ring's row; of rows past the last, of the last."""
         return self._pieces(m, ref, (first + m.minimum(row, self.s - 1)) * self.h, c)
 
-    def _pieces(self, m, ref, start, c, there=None):
+    def _pieces(self, m, ref, start, c):
         """4 words for 32 columns, 8 a lane, and 2 for the last 16.
 
         The order of columns in a product is free, as long as queries and keys have the same.
         """
-        return [m.load(ref, start + at, 2, words, there) for at, words in self._columns_of(c)]
-
-    def _columns_of(self, c):
-        """(first column, words) of a lane's pieces of a query or a key."""
-        found = [(c * 8 + 32 * i, 4) for i in range(self.h // 32)]
-        return found + ([(c * 4 + (self.h - 16), 2)] if self.h % 32 else [])
+        return [m.load(ref, start + at, 2, words) for at, words in columns_of(self.h, c)]
 
     def _value(self, m, ref, first, row, g):
         """A lane's columns of a row of values."""
@@ -307,6 +302,12 @@ class Ring:
             mixed = [m.fma(a, factor, b) for a, b in zip(sums, mixed, strict=True)]
         total = m.maximum(total, m.const(1e-30))
         return [value / total for value in mixed]
+
+
+def columns_of(h: int, c):
+    """(first column, words) of the pieces of h columns that one of four lanes has."""
+    found = [(c * 8 + 32 * i, 4) for i in range(h // 32)]
+    return found + ([(c * 4 + (h - 16), 2)] if h % 32 else [])
 
 
 def ring_attention(q, keys, values, start, live, sink, window: int):

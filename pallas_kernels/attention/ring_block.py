@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import rotary
-from pallas_kernels.attention.ring import Ring, launch
+from pallas_kernels.attention.ring import Ring, columns_of, launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,50 +80,64 @@ class RingBlock(Ring):
     def _new_key(self, m, refs, where, row, is_new, old):
         """A lane's pieces of a key: the block's own if it is new, which tile 0 writes."""
         token = self._token(m, where, row)
-        at = self._head(token, where.kv) + self.group * self.h
-        pieces = self._pieces(m, refs["qkv"], at, where.c, is_new)
+        start = self._head(token, where.kv) + self.group * self.h
+        places = columns_of(self.h, where.c)
+        # The registers of what was loaded before: there are none to spare.
+        pieces = [
+            m.load(refs["qkv"], start + at, 2, words, is_new, known)
+            for (at, words), known in zip(places, old, strict=True)
+        ]
         angles = rotary.load_angles(m, refs, token, self.half, where.c, is_new)
-        pieces = rotary.rotate(m, pieces, angles, self.half, where.c)
+        turned = rotary.rotate(m, pieces, angles, self.half, where.c)
         write = is_new & where.tile.equals(0)
-        for (column, _), words in zip(self._columns_of(where.c), pieces, strict=True):
+        for (column, _), words in zip(places, turned, strict=True):
             m.store(refs["keys"], (where.first + row) * self.h + column, 2, words, write)
-        return _chosen(m, is_new, pieces, old)
+        return _chosen(m, is_new, turned, pieces)
 
     def _new_value(self, m, refs, where, row, old):
         """A lane's columns of a row of values likewise, scaled."""
         is_new = self._is_new(m, where, row)
         base = self._head(self._token(m, where, row), where.kv) + (self.group + 1) * self.h
-        write, pieces = is_new & where.tile.equals(0), []
-        for column, width in self.columns:
+        write, scaled, pieces = is_new & where.tile.equals(0), [], []
+        for (column, width), known in zip(self.columns, old, strict=True):
             at = where.g * width + column
-            words = m.load(refs["qkv"], base + at, 2, width // 2, is_new)
-            words = [
-                m.pack(*(half * m.const(self.scale) for half in m.unpack(word))) for word in words
-            ]
-            m.store(refs["values"], (where.first + row) * self.v + at, 2, words, write)
+            words = m.load(refs["qkv"], base + at, 2, width // 2, is_new, known)
             pieces.append(words)
-        return _chosen(m, is_new, pieces, old)
+            words = rotary.scaled(m, words, self.scale)
+            m.store(refs["values"], (where.first + row) * self.v + at, 2, words, write)
+            scaled.append(words)
+        return _chosen(m, is_new, scaled, pieces)
 
 
 def _chosen(m, condition, new, old):
     """The pieces of `new` where the condition holds, else of `old`."""
     return [
-        [m.where(condition, a, b) for a, b in zip(*pair, strict=True)]
+        [a if a is b else m.where(condition, a, b) for a, b in zip(*pair, strict=True)]
         for pair in zip(new, old, strict=True)
     ]
 
 
-def shape_of(qkv, cos, keys, values, window: int, sink, value_scale: float) -> RingBlock:
+def queries_of(qkv, keys, values) -> int:
+    """Query heads in the product."""
+    return (qkv.shape[3] - values.shape[3]) // keys.shape[3] * qkv.shape[2] - qkv.shape[2]
+
+
+def rounded(scale: float) -> float:
+    """As bfloat16 has it."""
+    return float(np.asarray(scale, jnp.bfloat16))
+
+
+def shape_of(qkv, cos, keys, values, window: int, sink: bool, value_scale: float) -> RingBlock:
     """The shapes of a call."""
     (b, k, s, h), v, t = keys.shape, values.shape[3], qkv.shape[1]
-    n = (qkv.shape[2] // k - h - v) // h * k
-    scale = float(np.asarray(value_scale, jnp.bfloat16))
-    return RingBlock(b, t, n, h, v, k, s, window, sink is not None, cos.shape[2], scale)
+    n, half = queries_of(qkv, keys, values), cos.shape[2]
+    return RingBlock(b, t, n, h, v, k, s, window, sink, half, rounded(value_scale))
 
 
 def ring_block(qkv, cos, sin, keys, values, start, live, sink, window: int, value_scale: float):
-    """See `api.block_attention`; one launch."""
-    shape = shape_of(qkv, cos, keys, values, window, sink, value_scale)
+    """See `api.block_attention`, for a ring; one launch."""
+    shape = shape_of(qkv, cos, keys, values, window, sink is not None, value_scale)
+    # Written in place: the program has no copy of them if the caller's are not used after it.
     held = [jax.new_ref(x) for x in (keys, values)]
     inputs = dict(qkv=qkv, cos=cos, sin=sin, keys=held[0], values=held[1], start=start, live=live)
     out = launch(shape, inputs, sink, qkv.dtype)

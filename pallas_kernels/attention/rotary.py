@@ -51,6 +51,11 @@ def rotate(m, pieces, angles, half: int, c):
     return pieces
 
 
+def scaled(m, words, scale: float):
+    """Pairs of bfloat16 times a number."""
+    return [m.pack(*(half * m.const(scale) for half in m.unpack(word))) for word in words]
+
+
 def _turn(m, words, others, cos, sin):
     """words * cos + others * sin, pair by pair."""
     found = []

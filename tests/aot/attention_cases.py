@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from h200 import Case
 
+from mimo_jax.bench.attention_block_jobs import block_layers
 from mimo_jax.bench.attention_jobs import layers
 from mimo_jax.decode.program import GPU_OPTIONS
-from pallas_kernels.attention.api import decode_attention
+from pallas_kernels.attention.api import block_attention, decode_attention
 from pallas_kernels.attention.shapes import SHAPES
 
 LAYERS = 6
@@ -91,3 +92,88 @@ def rings_in_a_loop(mesh) -> Case:
 def long_in_a_loop(mesh) -> Case:
     """Layers without."""
     return chain(mesh, "pro-tp8-full")
+
+
+def abstract_block(name: str, t: int, half: int, rows: int, b: int = 1):
+    """The product, angles, start, live and sink; and a cache."""
+    shape = SHAPES[name]
+    kind = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    number = jax.ShapeDtypeStruct((b,), jnp.int32)
+    angles = jax.ShapeDtypeStruct((b, t, half), jnp.float32)
+    width = shape.n // shape.k * shape.h + shape.h + shape.v
+    sink = jax.ShapeDtypeStruct((shape.n,), jnp.float32) if shape.sink else None
+    cache = tuple(kind((b, shape.k, rows, d)) for d in (shape.h, shape.v))
+    return kind((b, t, shape.k, width)), angles, angles, number, number, sink, cache
+
+
+def block(name: str, t: int, half: int, max_len: int = 4096, b: int = 1) -> Case:
+    """The fused kernels by themselves, on donated caches."""
+    rows = SHAPES[name].rows(max_len, 16)
+    qkv, cos, sin, start, live, sink, cache = abstract_block(name, t, half, rows, b)
+
+    def run(qkv, cos, sin, keys, values, start, live, sink):
+        options = dict(window=SHAPES[name].window, sink=sink, value_scale=0.707)
+        return block_attention(
+            qkv, cos, sin, keys, values, start, live, **options, implementation="mosaic_gpu"
+        )
+
+    arguments = qkv, cos, sin, *cache, start, live, sink
+    return Case(jax.jit(run, donate_argnums=(3, 4)), arguments)
+
+
+def block_ring_pro(mesh) -> Case:
+    """A rank of eight, a block of 8."""
+    return block("pro-tp8-window", 8, 32)
+
+
+def block_ring_pro_16(mesh) -> Case:
+    """The most rows."""
+    return block("pro-tp8-window", 16, 32)
+
+
+def block_ring_pro_1(mesh) -> Case:
+    """One row."""
+    return block("pro-tp8-window", 1, 32)
+
+
+def block_ring_flash(mesh) -> Case:
+    """Several key/value heads and sequences."""
+    return block("flash-window", 8, 32, b=2)
+
+
+def block_ring_nano(mesh) -> Case:
+    """The shipped model: pairs of neighbouring lanes."""
+    return block("nano-window", 8, 8)
+
+
+def block_long_pro(mesh) -> Case:
+    """A layer without a window."""
+    return block("pro-tp8-full", 8, 32)
+
+
+def block_long_flash(mesh) -> Case:
+    """Several key/value heads and sequences, one row each."""
+    return block("flash-full", 1, 32, b=2)
+
+
+def block_long_nano(mesh) -> Case:
+    """The shipped model."""
+    return block("nano-full", 8, 8)
+
+
+def block_chain(mesh, name: str, rows: int) -> Case:
+    """The benchmark's program: layers in a loop whose carry their caches are, and donated."""
+    qkv, cos, sin, start, live, sink, cache = abstract_block(name, 8, 32, rows)
+    run = functools.partial(block_layers.__wrapped__, way="kernel", window=SHAPES[name].window)
+    arguments = qkv, cos, sin, [cache] * LAYERS, start, live, sink
+    return Case(jax.jit(run, donate_argnums=3), arguments, GPU_OPTIONS)
+
+
+def block_rings_in_a_loop(mesh) -> Case:
+    """Layers with windows."""
+    return block_chain(mesh, "pro-tp8-window", 135)
+
+
+def block_long_in_a_loop(mesh) -> Case:
+    """Layers without."""
+    return block_chain(mesh, "pro-tp8-full", 4160)

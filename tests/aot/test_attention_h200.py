@@ -35,3 +35,37 @@ def test_layers_in_a_loop_are_one_graph_of_one_compile(case, launches):
     assert found.launches == launches * LAYERS and len(found.kernels) == launches
     assert not found.outside and len(found.graphs) == 1
     assert found.graphs[0].count("kCustomCall") == launches * LAYERS
+
+
+@pytest.mark.parametrize("case", ["pro", "pro_1", "pro_16", "flash", "nano"])
+def test_a_window_layers_block_is_one_launch_without_spills(case):
+    found = report(f"attention_cases:block_ring_{case}")
+    assert [kernel.name for kernel in found.kernels] == ["attention_ring_block"]
+    assert found.kernels[0].spilled_bytes == 0
+    assert found.launches == 1
+    everything = sum(found.graphs, [*found.outside])
+    assert [kind for kind in everything if kind != "kCommandBuffer"] == ["kCustomCall"]
+
+
+@pytest.mark.parametrize("case", ["pro", "flash", "nano"])
+def test_a_full_layers_block_is_three_launches_without_spills(case):
+    found = report(f"attention_cases:block_long_{case}")
+    names = sorted(kernel.name for kernel in found.kernels)
+    assert names == ["attention_chunks", "attention_combine", "attention_turn"]
+    assert not any(kernel.spilled_bytes for kernel in found.kernels)
+    everything = sum(found.graphs, [*found.outside])
+    assert [kind for kind in everything if kind != "kCommandBuffer"] == ["kCustomCall"] * 3
+
+
+@pytest.mark.parametrize(("case", "launches"), [("rings", 1), ("long", 3)])
+def test_blocks_in_a_loop_write_their_caches_in_place(case, launches):
+    """Nothing but kernels, and what joins a layer's output to the next one's input, one a layer."""
+    found = report(f"attention_cases:block_{case}_in_a_loop")
+    assert found.launches == launches * LAYERS and len(found.kernels) == launches
+    assert not found.outside and len(found.graphs) == 1
+    before, body = " ".join(found.graphs[0]).split("kWhile")
+    assert body.split().count("kCustomCall") == launches * LAYERS
+    assert "kCopy" not in body and "Memcpy" not in body
+    # The loop's condition and counter, and its caller's arrays that are not donated.
+    assert len(body.split()) <= (launches + 1) * LAYERS + 3
+    assert len(before.split()) <= 3

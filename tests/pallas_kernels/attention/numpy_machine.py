@@ -46,7 +46,7 @@ class NumpyMachine:
         assert flat.base is not None or flat is ref
         return flat, at
 
-    def load(self, ref, index, width, words, where=None):
+    def load(self, ref, index, width, words, where=None, other=None):
         flat, at = self._words(ref, index, width, words)
         assert np.asarray(index).dtype == np.int32
         live = np.ones(self.threads, bool) if where is None else np.asarray(where)
@@ -54,7 +54,10 @@ class NumpyMachine:
         assert (at[live, 0] % (4 * words) == 0).all(), "a load that is not aligned"
         found = flat[np.where(live[:, None], at, 0)] * live[:, None].astype(np.uint8)
         found = np.ascontiguousarray(found).view(np.int32).reshape(self.threads, words)
-        return [reg(found[:, i].copy()) for i in range(words)]
+        found = [reg(found[:, i].copy()) for i in range(words)]
+        if other is None:
+            return found
+        return [self.where(where, a, b) for a, b in zip(found, other, strict=True)]
 
     def store(self, ref, index, width, words, where):
         flat, at = self._words(ref, index, width, len(words))
@@ -126,3 +129,13 @@ class NumpyMachine:
             new = step(self.const(i), carry)
             carry = [self.where(i < count, a, b) for a, b in zip(new, carry, strict=True)]
         return carry
+
+    def any(self, condition):
+        return reg(np.repeat(np.asarray(condition).reshape(-1, 32).any(axis=1), 32))
+
+    def branch(self, condition, then, otherwise):
+        """Both ways are taken: what `then` stores must have conditions of its own."""
+        whole = np.asarray(condition).reshape(-1, 32)
+        assert (whole.all(axis=1) | ~whole.any(axis=1)).all(), "a warp that takes both ways"
+        found = zip(then(), otherwise, strict=True)
+        return [self.where(condition, a, b) for a, b in found]
