@@ -1,0 +1,5 @@
+"""The router of a mixture of experts for a few tokens: norm, scores and choice in one launch."""
+
+from pallas_kernels.router.api import Routed, misfit, new_counter, route
+
+__all__ = ["Routed", "misfit", "new_counter", "route"]

@@ -1,0 +1,201 @@
+"""The public face of the router: argument checks and the choice of an implementation."""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
+
+from pallas_kernels.expert_ffn.api import IMPLEMENTATIONS, kernel_absence
+from pallas_kernels.router.plan import plan_for
+from pallas_kernels.router.reference import route_reference
+
+MOST_TOKENS = 16
+"""Rows for which the kernel is made."""
+MOST_CHOICES = 32
+"""Of a token: a lane writes each."""
+MOST_EXPERTS = 1024
+"""Whose scores one warp holds in registers."""
+
+_log = logging.getLogger("pallas_kernels")
+
+
+class Routed(NamedTuple):
+    """What the router makes of rows.
+
+    Attributes:
+      x: the normed rows, which the experts read.
+      ids: of the chosen experts, best first.
+      weights: of the choices, float32.
+      h: the stream: what was given, with the update if there was one.
+    """
+
+    x: Float[Array, "t d"]
+    ids: Int32[Array, "t c"]
+    weights: Float[Array, "t c"]
+    h: Float[Array, "t d"]
+
+
+def new_counter() -> UInt32[Array, "1"]:
+    """What `route` counts thread blocks with: made once, held beside the weights."""
+    return jnp.zeros(1, jnp.uint32)
+
+
+def route(
+    h: Float[Array, "t d"],
+    norm: Float[Array, "d"],
+    weight: Shaped[Array, "e d"],
+    bias: Float[Array, " e"],
+    *,
+    choices: int,
+    epsilon: float,
+    normalise: bool = True,
+    scale: float = 1.0,
+    update: Float[Array, "t d"] | None = None,
+    live: Bool[Array, " t"] | None = None,
+    counter: UInt32[Array, " words"] | None = None,
+    word: int = 0,
+    implementation: str = "auto",
+) -> Routed:
+    """An RMS norm of each row, its experts' sigmoid scores in float32, and the best of them.
+
+    Experts are chosen by score plus bias, ties by lowest id; a choice weighs what its score is,
+    divided by the sum of the token's if `normalise`, times `scale`.
+
+    "reference" is plain jnp in float32 and takes any number of tokens. "mosaic_gpu" is the kernel
+    for Hopper: one launch, bfloat16 rows, at most 16. "auto" takes the kernel where it can run: in
+    a program for GPUs. On a GPU without the kernel, or with arguments that it does not take, the
+    reason is logged once.
+
+    Args:
+      h: rows of the stream.
+      norm: weight of the norm: x = h / rms(h), rounded to h's type, times this.
+      weight: of the experts, bfloat16 or float32.
+      bias: of the experts, float32; it has a part in the choice alone.
+      choices: experts of a token.
+      epsilon: of the norm.
+      normalise: whether weights are divided by their sum.
+      scale: of the weights.
+      update: is added to h first.
+      live: tokens that count; the ids of the others are -1, their weights what they would be.
+      counter: uint32 words of which the kernel uses `word`, zero when made. It writes there, and
+        leaves a zero. Two launches that may run at once need two words.
+      word: of the counter.
+      implementation: "auto", or the name of one, which then runs or raises.
+
+    Returns:
+      rows, ids, weights, and the stream. Within one implementation the bits of a row of any of them
+      depend on nothing but the row: not on t, its place, or other rows.
+
+    Raises:
+      ValueError: on shapes or types that do not fit, or an unknown implementation.
+      NotImplementedError: if "mosaic_gpu" cannot run here.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    _check(h, norm, weight, bias, choices, update, live)
+    options = dict(choices=choices, epsilon=epsilon, normalise=normalise, scale=scale)
+    arguments = h, norm, weight, bias, update, live
+    reference = functools.partial(route_reference, **options)
+    if implementation == "reference":
+        return Routed(*reference(*arguments))
+    refusal = misfit(h, norm, weight, choices, counter, word) or kernel_absence()
+    if refusal is None:
+        from pallas_kernels.router.mosaic_gpu import route_mosaic
+
+        def other(*given):
+            if implementation == "auto":
+                return reference(*given[:-1])
+            return tuple(_refusal().bind(given[0], given[2], choices=choices))
+
+        kernel = functools.partial(route_mosaic, word=word, **options)
+        return Routed(*jax.lax.platform_dependent(*arguments, counter, cuda=kernel, default=other))
+    if implementation == "mosaic_gpu":
+        raise refusal
+    if jax.default_backend() == "gpu":
+        _log_once(str(refusal))
+    return Routed(*reference(*arguments))
+
+
+def misfit(h, norm, weight, choices: int, counter, word: int = 0) -> ValueError | None:
+    """Why the kernel cannot take these arguments."""
+    kinds = str(h.dtype), str(norm.dtype), str(weight.dtype)
+    why = None
+    if kinds[:2] != ("bfloat16", "bfloat16") or kinds[2] not in ("bfloat16", "float32"):
+        why = (
+            f"rows and norm in bfloat16, weights in bfloat16 or float32, not {', '.join(kinds)}: "
+            "cast them"
+        )
+    elif not 1 <= h.shape[0] <= MOST_TOKENS:
+        why = f"1 to {MOST_TOKENS} tokens, not {h.shape[0]}: call it for fewer"
+    elif choices > MOST_CHOICES or weight.shape[0] > MOST_EXPERTS:
+        why = (
+            f"at most {MOST_CHOICES} choices of {MOST_EXPERTS} experts, not {choices} of "
+            f"{weight.shape[0]}: use fewer"
+        )
+    elif plan_for(*weight.shape) is None:
+        why = f"rows that can be cut among warps, not of {weight.shape[1]}: pad them"
+    elif counter is None or not 0 <= word < counter.size:
+        have = "none" if counter is None else f"word {word} of {counter.size}"
+        why = f"a word to count thread blocks with, not {have}: make one with new_counter()"
+    if why is None:
+        return None
+    return ValueError(
+        f"implementation='mosaic_gpu' takes {why}, or use implementation='reference'."
+    )
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _log.warning("A router runs on the slow reference: %s", reason)
+
+
+@functools.cache
+def _refusal():
+    """Stands for the kernel in programs for other platforms; to lower it raises."""
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
+
+    primitive = Primitive("router_mosaic_gpu_elsewhere")
+    primitive.multiple_results = True
+
+    def outputs(h, weight, *, choices):
+        shape = h.shape[0], choices
+        ids, weights = ((shape, jnp.dtype(kind)) for kind in ("int32", "float32"))
+        return [
+            h,
+            *(h.update(shape=shape, dtype=dtype) for shape, dtype in (ids, weights)),
+            h,
+        ]
+
+    primitive.def_abstract_eval(outputs)
+
+    def lower(context, *_, **__):
+        platforms = context.module_context.platforms
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
+            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
+        )
+
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+def _check(h, norm, weight, bias, choices, update, live):
+    """Shapes that mean something, whatever implementation runs."""
+    if h.ndim != 2 or norm.shape != h.shape[1:] or weight.shape[1:] != h.shape[1:]:
+        raise ValueError(
+            f"h {h.shape}, norm {norm.shape} and weight {weight.shape} must be [t, d], [d] and "
+            "[e, d]."
+        )
+    experts = weight.shape[0]
+    if bias.shape != (experts,) or bias.dtype != jnp.float32:
+        raise ValueError(f"bias is {bias.dtype} {bias.shape}; it must be float32 [{experts}].")
+    if not 1 <= choices <= experts:
+        raise ValueError(f"choices={choices} is not 1 to {experts}, the number of experts.")
+    if update is not None and (update.shape != h.shape or update.dtype != h.dtype):
+        raise ValueError(f"update is {update.dtype} {update.shape}; h is {h.dtype} {h.shape}.")
+    if live is not None and live.shape != h.shape[:1]:
+        raise ValueError(f"live is {live.shape}; it must be [{h.shape[0]}].")
