@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,11 @@ def linear(
     *,
     norm: Float[Array, "d"] | None = None,
     epsilon: float = 1e-5,
+    residual: Float[Array, "t n"] | None = None,
+    ahead: Shaped[Array, "..."] | None = None,
     out_dtype=jnp.bfloat16,
     implementation: str = "auto",
+    elsewhere: Callable | None = None,
 ) -> Float[Array, "t n"]:
     """x @ weight^T for a few tokens, with float32 accumulation; optionally an RMS norm of x first.
 
@@ -43,8 +47,12 @@ def linear(
       norm: the weight of an RMS norm; x is divided by its root mean square, rounded to its type,
         and multiplied with this.
       epsilon: of the norm.
+      residual: bfloat16, added in float32 before the result is rounded.
+      ahead: what a later kernel will read, which this one brings to the L2 cache in the end.
       out_dtype: bfloat16 or float32.
       implementation: "auto", or the name of one, which then runs or raises.
+      elsewhere: with "auto", what takes the reference's place: a function of x, weight, scale, norm
+        and residual. A model has a way of its own, whose bits it keeps where there is no kernel.
 
     Returns:
       [t, n]. Within one implementation a row's bits depend on nothing but the row: not on t, its
@@ -56,25 +64,38 @@ def linear(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
-    _check(x, weight, scale, norm, out_dtype)
+    _check(x, weight, scale, norm, residual, out_dtype)
     options = dict(epsilon=epsilon, out_dtype=jnp.dtype(out_dtype))
-    reference = functools.partial(linear_reference, **options)
+    arguments = x, weight, scale, norm, residual
     if implementation == "reference":
-        return reference(x, weight, scale, norm)
+        return _reference(*arguments, **options)
+    other = elsewhere or functools.partial(_reference, **options)
     refusal = misfit(x, weight) or kernel_absence()
     if refusal is None:
-        from pallas_kernels.linear.mosaic_gpu import linear_mosaic
-
-        kernel = functools.partial(linear_mosaic, **options)
-        other = reference
         if implementation == "mosaic_gpu":
             other = functools.partial(_refuse, out_dtype=options["out_dtype"])
-        return jax.lax.platform_dependent(x, weight, scale, norm, cuda=kernel, default=other)
+        return jax.lax.platform_dependent(
+            *arguments,
+            ahead,
+            cuda=functools.partial(_kernel, **options),
+            default=lambda *arguments: other(*arguments[:-1]),
+        )
     if implementation == "mosaic_gpu":
         raise refusal
     if jax.default_backend() == "gpu":
         _log_once(str(refusal))
-    return reference(x, weight, scale, norm)
+    return other(*arguments)
+
+
+def _kernel(x, weight, scale, norm, residual, ahead, *, epsilon, out_dtype):
+    from pallas_kernels.linear.mosaic_gpu import linear_mosaic
+
+    given = x, weight, scale, norm, epsilon, residual, ahead
+    return linear_mosaic(*given, out_dtype=out_dtype)
+
+
+def _reference(x, weight, scale, norm, residual, *, epsilon, out_dtype):
+    return linear_reference(x, weight, scale, norm, epsilon, residual, out_dtype=out_dtype)
 
 
 def misfit(x, weight) -> ValueError | None:
@@ -107,7 +128,7 @@ def _log_once(reason: str) -> None:
     _log.warning("A linear runs on the slow reference: %s", reason)
 
 
-def _refuse(x, weight, scale, norm, *, out_dtype):
+def _refuse(x, weight, scale, norm, residual, *, out_dtype):
     """Stands for the kernel in programs for other platforms; to lower it raises."""
     return _refusal().bind(x, n=weight.shape[0], out_dtype=out_dtype)
 
@@ -133,13 +154,19 @@ def _refusal():
     return primitive
 
 
-def _check(x, weight, scale, norm, out_dtype):
+def _check(x, weight, scale, norm, residual, out_dtype):
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x {x.shape} and weight {weight.shape} must be [t, d] and [n, d].")
     if norm is not None and (norm.shape != x.shape[1:] or norm.dtype != x.dtype):
         raise ValueError(
             f"norm is {norm.dtype} {norm.shape}; x {x.dtype} {x.shape} needs {x.dtype} "
             f"{x.shape[1:]}."
+        )
+    wanted = x.shape[0], weight.shape[0]
+    if residual is not None and (residual.shape != wanted or residual.dtype != jnp.bfloat16):
+        raise ValueError(
+            f"residual is {residual.dtype} {residual.shape}; x {x.shape} and weight {weight.shape} "
+            f"need bfloat16 {wanted}."
         )
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"out_dtype={jnp.dtype(out_dtype)} is not bfloat16 or float32.")

@@ -76,8 +76,11 @@ class Hooks(typing.Protocol):
     def put(self, sums, ref):
         """Leaves a warpgroup's sums of a step in shared memory."""
 
-    def finish(self, sums_ref, out_ref, first_row, step, piece):
-        """Adds a step's slices and writes its rows of the result."""
+    def residual(self, residual_ref, first_row, step):
+        """Starts to load what is to be added to a step's rows."""
+
+    def finish(self, sums_ref, out_ref, first_row, step, piece, residual=None):
+        """Adds a step's slices, and what `residual` gave, and writes its rows of the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,12 +195,17 @@ class Block:
     def finish(self, refs):
         """Adds up what the consumers put down, and writes it, while they go on."""
         piece, first_row = self.place()
+        hooks = self.hooks
 
         def visit(step, _):
             buffer, turn = lax.rem(step, 2), lax.div(step, 2)
-            self.hooks.wait(refs["put"], buffer, turn)
-            self.hooks.finish(refs["sums"].at[buffer], refs["out"], first_row, step, piece)
-            self.hooks.arrive(refs["taken"], buffer)
+            residual = None
+            if "residual" in refs:
+                residual = hooks.residual(refs["residual"], first_row, step)
+            hooks.wait(refs["put"], buffer, turn)
+            where = first_row, step, piece
+            hooks.finish(refs["sums"].at[buffer], refs["out"], *where, residual)
+            hooks.arrive(refs["taken"], buffer)
 
         lax.fori_loop(0, self.plan.steps, visit, None)
 
@@ -242,7 +250,7 @@ class Block:
         return types | self.hooks.barrier_types(self.barriers(norm))
 
     def call(self, inputs, out_type: jax.ShapeDtypeStruct, interpret):
-        """Launches on named inputs: x, weight as `Plan` cuts it; scale, norm, ahead if any."""
+        """Launches on named inputs: x, weight as `Plan` cuts it; what else there is."""
         names = list(inputs)
 
         def body(*arguments, **scratch):

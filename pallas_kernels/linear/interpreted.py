@@ -120,7 +120,14 @@ class Interpreted:
         """As rows, warps, tokens, in any order that `finish` knows."""
         ref[: sums.size] = sums.reshape(-1)
 
-    def finish(self, sums_ref, out_ref, first_row, step, piece):
+    def residual(self, residual_ref, first_row, step):
+        """[step rows, t] float32; rows past the block's last are of no interest."""
+        rows = first_row + step * self.plan.step_rows
+        rows = rows + jnp.arange(self.plan.step_rows, dtype=jnp.int32)
+        values = residual_ref[...].astype(jnp.float32).T
+        return values[jnp.minimum(rows, self.plan.rows - 1)]
+
+    def finish(self, sums_ref, out_ref, first_row, step, piece, residual=None):
         """Adds the slices in order and writes the rows that are the block's."""
         plan = self.plan
         size = 4 * plan.step_rows * self.t
@@ -128,6 +135,7 @@ class Interpreted:
         total = sums[0]
         for warp in range(1, plan.warps):
             total = total + sums[warp]
+        total = total if residual is None else total + residual
 
         def write(rows):
             row = first_row + step * plan.step_rows

@@ -108,6 +108,11 @@ _COPY = (
     "setp.lt.u32 p, $0, $3;\n"
     "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], $6, [$1];\n}"
 )
+# Not a plain load, so that it is issued before the wait for sums that comes next.
+_LOAD_HALF = (
+    "{ .reg .b16 h; .reg .b32 w; .reg .f32 a; ld.relaxed.gpu.global.b16 h, [$1]; "
+    "cvt.u32.u16 w, h; shl.b32 w, w, 16; mov.b32 a, w; mov.f32 $0, a; }"
+)
 _PREFETCH = (
     "{\n.reg .pred p;\nsetp.gt.u32 p, $0, 0;\n@p cp.async.bulk.prefetch.L2.global [$1], $0;\n}"
 )
@@ -539,31 +544,70 @@ class Lanes:
 
         run(sums, ref)
 
-    def finish(self, sums_ref, out_ref, first_row, step, piece):
-        """Adds a step's slices in order and writes its rows, a tile a warp."""
-        plan = self.plan
+    @property
+    def _finished(self) -> int:
+        """Values of a step that a lane of the finisher writes."""
+        return 2 * self.halves * -(-self.plan.tiles // 4)
+
+    def residual(self, residual_ref, first_row, step):
+        """Starts to load what is to be added to a step's rows, as `finish` takes it."""
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 3)
+            arg_types=(plgpu.RefType(), *_SPLATS[:2]),
+            return_type=_type(self._finished, jnp.float32),
         )
-        def run(_, sums, out, first_row, step, piece):
+        def run(_, residual, first_row, step):
+            found = []
+            for start in range(0, self.plan.tiles, 4):
+                for at, live in self._places(start, _scalar(first_row), _scalar(step), _c(0)):
+                    at = _at(residual, arith.select(live, at, _c(0)), 2)
+                    found.append(_asm(_f32(), [at], _LOAD_HALF, "=f,l", effects=True))
+            return _carry(found)
+
+        return run(residual_ref, first_row, step)
+
+    def finish(self, sums_ref, out_ref, first_row, step, piece, residual=None):
+        """Adds a step's slices in order, and the residual, and writes its rows, a tile a warp."""
+        plan = self.plan
+        more = [] if residual is None else [residual]
+        types = [
+            plgpu.RefType(),
+            plgpu.RefType(),
+            *_SPLATS[:3],
+            *[carrier(self._finished)] * len(more),
+        ]
+
+        @plgpu.inline_mgpu(arg_types=tuple(types))
+        def run(_, sums, out, first_row, step, piece, *more):
             warp, lane = _warp_and_lane()
             base = _at(sums, _c(0), 4)
+            added = iter(_values(more[0])) if more else None
             for start in range(0, plan.tiles, 4):
-                tile = _add(warp, start)
-                total = self._add_slices(base, arith.minui(tile, _c(plan.tiles - 1)), lane)
-                row = _add(_mul(_scalar(step), plan.step_rows), _mul(tile, TILE))
-                row = _add(row, _shr(lane, 2))
-                live = arith.cmpi(arith.CmpIPredicate.ult, row, _c(plan.block_rows))
-                live = arith.andi(live, arith.cmpi(arith.CmpIPredicate.ult, tile, _c(plan.tiles)))
-                row = _add(row, _scalar(first_row))
-                for nth, value in enumerate(total):
-                    token = _add(_mul(_and(lane, 3), 2), nth % 2 + 8 * (nth // 2))
-                    there = arith.cmpi(arith.CmpIPredicate.ult, token, _c(self.t))
-                    at = _add(_mul(_add(_mul(_scalar(piece), self.t), token), plan.rows), row)
-                    _write(out, at, value, arith.andi(live, there))
+                tile = arith.minui(_add(warp, start), _c(plan.tiles - 1))
+                total = self._add_slices(base, tile, lane)
+                places = self._places(start, _scalar(first_row), _scalar(step), _scalar(piece))
+                for value, (at, live) in zip(total, places, strict=True):
+                    value = arith.addf(value, next(added)) if more else value
+                    _write(out, at, value, live)
 
-        run(sums_ref, out_ref, first_row, step, piece)
+        run(sums_ref, out_ref, first_row, step, piece, *more)
+
+    def _places(self, start, first_row, step, piece):
+        """Where a lane of the finisher writes its sums of tile `start` + warp, and whether."""
+        plan = self.plan
+        warp, lane = _warp_and_lane()
+        tile = _add(warp, start)
+        row = _add(_mul(step, plan.step_rows), _mul(tile, TILE))
+        row = _add(row, _shr(lane, 2))
+        live = arith.cmpi(arith.CmpIPredicate.ult, row, _c(plan.block_rows))
+        live = arith.andi(live, arith.cmpi(arith.CmpIPredicate.ult, tile, _c(plan.tiles)))
+        row, found = _add(row, first_row), []
+        for nth in range(2 * self.halves):
+            token = _add(_mul(_and(lane, 3), 2), nth % 2 + 8 * (nth // 2))
+            there = arith.cmpi(arith.CmpIPredicate.ult, token, _c(self.t))
+            at = _add(_mul(_add(_mul(piece, self.t), token), plan.rows), row)
+            found.append((at, arith.andi(live, there)))
+        return found
 
     def _add_slices(self, base, tile, lane):
         """A lane's sums of a tile over all warps, in their order."""

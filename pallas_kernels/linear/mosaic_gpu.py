@@ -20,6 +20,7 @@ def linear_mosaic(
     scale: Float[Array, "units tiles"] | None = None,
     norm: Float[Array, "d"] | None = None,
     epsilon: float = 0.0,
+    residual: Float[Array, "t n"] | None = None,
     ahead: Shaped[Array, "..."] | None = None,
     *,
     ahead_bytes: int | None = None,
@@ -36,6 +37,7 @@ def linear_mosaic(
       scale: of FP8 weights.
       norm: weight of an RMS norm of x.
       epsilon: of the norm.
+      residual: added in float32, before the result is rounded.
       ahead: what a later kernel will read.
       ahead_bytes: of it to be brought to the L2 cache; None for all.
       out_dtype: bfloat16 or float32.
@@ -59,12 +61,18 @@ def linear_mosaic(
         rows = x[start : start + plan.tokens]
         make = _hooks(hooks, interpret)
         block = Block(plan, make(plan, rows.shape[0], unit, epsilon), ahead_bytes or 0)
+        given = dict(x=rows, **inputs)
+        if residual is not None and whole:
+            given["residual"] = residual[start : start + plan.tokens]
         shape = (plan.split, rows.shape[0], plan.rows)
         out = jax.ShapeDtypeStruct(shape, out_dtype if whole else jnp.float32)
-        parts.append(block.call(dict(x=rows, **inputs), out, interpret))
+        parts.append(block.call(given, out, interpret))
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
     # In order; XLA fuses it with what follows.
-    return functools.reduce(jnp.add, list(y)).astype(out_dtype)
+    y = functools.reduce(jnp.add, list(y))
+    if residual is not None and not whole:
+        y = y + residual.astype(jnp.float32)
+    return y.astype(out_dtype)
 
 
 def _hooks(hooks, interpret):

@@ -14,10 +14,11 @@ def linear_reference(
     scale: Float[Array, "units tiles"] | None = None,
     norm: Float[Array, "d"] | None = None,
     epsilon: float = 0.0,
+    residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype=jnp.float32,
 ) -> Float[Array, "t n"]:
-    """norm(x) @ (weight * scale)^T; nothing is rounded but the normed x and the result."""
+    """residual + norm(x) @ (weight * scale)^T; rounded are the normed x and the result alone."""
     x = x if norm is None else rms_norm(x, norm, epsilon)
     weight = weight.astype(jnp.float32)
     if scale is not None:
@@ -25,6 +26,7 @@ def linear_reference(
         wide = jnp.repeat(jnp.repeat(scale, unit, axis=0), SEGMENT, axis=1)
         weight = weight * wide[:, : weight.shape[1]]
     y = jnp.einsum("td,nd->tn", x.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)
+    y = y if residual is None else y + residual.astype(jnp.float32)
     return y.astype(out_dtype)
 
 

@@ -29,7 +29,7 @@ def kernel(name: str, t: int, norm=False, ahead=None, **options) -> Case:
     """The kernel by itself."""
 
     def run(x, weight, scale, norm, ahead):
-        return linear_mosaic(x, weight, scale, norm, 1e-5, ahead, **options)
+        return linear_mosaic(x, weight, scale, norm, 1e-5, None, ahead, **options)
 
     return Case(jax.jit(run), (*abstract(SHAPES[name], t, norm), ahead))
 

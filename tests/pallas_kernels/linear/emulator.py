@@ -29,10 +29,12 @@ class Memory:
 
     def load(self, at, kind):
         """One value a thread, where `at` is not None."""
-        found = np.zeros(THREADS, U32 if kind == "i32" else F32)
+        found = np.zeros(THREADS, F32 if kind == "f32" else U32)
+        size = 2 if kind == "i16" else 4
         for thread, start in at:
-            assert 0 <= start <= self.bytes.size - 4 and start % 4 == 0, (start, self.bytes.size)
-            found[thread] = self.bytes[start : start + 4].view(found.dtype)[0]
+            assert 0 <= start <= self.bytes.size - size and start % size == 0, start
+            value = self.bytes[start : start + size]
+            found[thread] = value.view(np.uint16 if size == 2 else found.dtype)[0]
         return found
 
     def store(self, at, values, size):
@@ -127,6 +129,7 @@ _OPERATIONS = {
     "mul.bf16x2": lambda a, b: pair(*(x * y for x, y in zip(bf16(a), bf16(b), strict=True))),
     "cvt.rn.bf16x2.f32": lambda high, low: pair(low, high),
     "cvt.rn.bf16.f32": lambda a: pair(a, a),
+    "cvt.u32.u16": lambda a: a & U32(0xFFFF),
     "mul.rn.f32": lambda a, b: a * b,
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(F32),
     "rsqrt.approx.f32": lambda a: (1 / np.sqrt(a)).astype(F32),
@@ -207,7 +210,7 @@ class Assembler:
         pointer, names = self.names[base], registers.strip("{} ").split(",")
         for i, name in enumerate(name.strip() for name in names):
             places = pointer.places(int(offset or 0) + 4 * i, where)
-            kind = "f32" if operation.endswith("f32") else "i32"
+            kind = {"f32": "f32", "b16": "i16"}.get(operation[-3:], "i32")
             if operation.startswith("st."):
                 size = 2 if operation.endswith("b16") else 4
                 pointer.memory.store(places, self.names[name], size)
@@ -335,7 +338,7 @@ def emulated():
             setattr(lanes, name, real)
 
 
-def run(plan, x, weight, scale, norm, epsilon, out_dtype, t):
+def run(plan, x, weight, scale, norm, epsilon, out_dtype, t, residual=None):
     """The whole linear, as the blocks of the grid do it, without ring and barriers."""
     unit = 0 if scale is None else plan.rows // scale.shape[0]
     hooks = lanes.Lanes(plan, t, unit, epsilon)
@@ -373,5 +376,8 @@ def run(plan, x, weight, scale, norm, epsilon, out_dtype, t):
                         sums = hooks.multiply(sums, operands[group], scales, part, stage, group)
                     hooks.put(sums, memories[group])
                 whole = Memory(np.stack([memory.array for memory in memories]))
-                hooks.finish(whole, out, first, step, piece)
+                added = None
+                if residual is not None:
+                    added = hooks.residual(Memory(residual), first, step)
+                hooks.finish(whole, out, first, step, piece, added)
     return out.array.astype(np.float64).sum(0)

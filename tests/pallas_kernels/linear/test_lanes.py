@@ -44,6 +44,17 @@ def test_the_hooks_compute_the_norm(name, rng):
     assert distance(out, oracle(x, weight, scale, norm, 1e-5)) < 2e-3
 
 
+@pytest.mark.parametrize("name", ["bf16", "bf16 wide tokens", "fp8 narrow"])
+def test_the_hooks_add_the_residual_before_they_round(name, rng):
+    plan, t = CASES[name]
+    x, weight, scale, _ = random_case(rng, plan, t)
+    residual = rng.normal(size=(t, plan.rows)).astype(BF16)
+    out = emulator.run(plan, x, weight, scale, None, 0.0, BF16, t, residual)
+    wide = emulator.run(plan, x, weight, scale, None, 0.0, np.float32, t)
+    wide = wide.astype(np.float32) + residual.astype(np.float32)
+    np.testing.assert_array_equal(out, wide.astype(BF16).astype(np.float64))
+
+
 def test_the_hooks_round_to_bfloat16(rng):
     plan, t = CASES["bf16"]
     x, weight, scale, _ = random_case(rng, plan, t)

@@ -49,9 +49,19 @@ def distance(out, ref):
     return np.inf if np.isnan(value) else value
 
 
-def run(plan, x, weight, scale, norm=None, hooks=None):
+def run(plan, x, weight, scale, norm=None, hooks=None, residual=None):
     options = dict(plan=plan, interpret=plgpu.InterpretGPUParams(), hooks=hooks)
-    return np.asarray(mosaic_gpu.linear_mosaic(x, weight, scale, norm, 1e-5, **options))
+    return np.asarray(mosaic_gpu.linear_mosaic(x, weight, scale, norm, 1e-5, residual, **options))
+
+
+@pytest.mark.parametrize("name", ["bf16", "split"])
+def test_the_residual_is_added(name, rng):
+    plan, t, _ = CASES[name]
+    x, weight, scale, _ = random_case(rng, plan, t)
+    residual = rng.normal(size=(t, plan.rows)).astype(x.dtype)
+    out = run(plan, x, weight, scale, residual=residual)
+    wanted = oracle(x, weight, scale) + residual.astype(np.float64)
+    assert distance(out, wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -90,9 +100,9 @@ def test_a_row_minds_its_own_business(rng):
 class LosesAStep(interpreted.Interpreted):
     """A planted bug: a block's first rows are written from another block's."""
 
-    def finish(self, sums_ref, out_ref, first_row, step, piece):
+    def finish(self, sums_ref, out_ref, first_row, *rest):
         first_row = jnp.maximum(first_row - 1, 0)
-        interpreted.Interpreted.finish(self, sums_ref, out_ref, first_row, step, piece)
+        interpreted.Interpreted.finish(self, sums_ref, out_ref, first_row, *rest)
 
 
 class SwapsWarps(interpreted.Interpreted):
