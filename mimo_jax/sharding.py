@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.errors import MimoError
+from pallas_kernels.all_sum import all_gather, all_sum, has_mail, misfit, open_mail
 
 AXIS = "model"
 """The mesh axis over which a model is divided."""
@@ -58,22 +59,59 @@ class Parallel:
       ranks: of a program that runs one rank of several alone, to measure it, how many there are.
         What the absent ones would send stands in: nothing for sums, this rank's own part for
         gathers, so that all that follows has its size.
+      mail: a reference to this device's mailbox, through which small arrays go (see
+        `with_mail`); None leaves all to XLA's collectives.
     """
 
     axis: str | None = None
     experts: bool = False
     ranks: int = 1
+    mail: Any = None
+
+    def with_mail(self) -> "Parallel":
+        """The same, with a mailbox: what it exchanges from now on can be in a CUDA graph.
+
+        To be called once by a program, outside of its loops, inside `shard_map`.
+        """
+        return dataclasses.replace(self, mail=jax.new_ref(open_mail(self.axis)))
 
     def sum(self, x):
-        """Sums over the devices."""
-        return x if self.axis is None else lax.psum(x, self.axis)
+        """Sums an array, or a tree of arrays, over the devices."""
+        if self.axis is None:
+            return x
+        leaves, tree = jax.tree.flatten(x)
+        if not all(map(self._by_mail, leaves)) or len({leaf.dtype for leaf in leaves}) > 1:
+            return lax.psum(x, self.axis)
+        if len(leaves) == 1:
+            return tree.unflatten([self._exchange(all_sum, leaves[0])])
+        joined = jnp.concatenate([leaf.ravel() for leaf in leaves])
+        if not self._by_mail(joined):
+            return lax.psum(x, self.axis)
+        ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+        sums = jnp.split(self._exchange(all_sum, joined), ends)
+        return tree.unflatten([s.reshape(x.shape) for s, x in zip(sums, leaves, strict=True)])
 
     def gather(self, x, dimension: int):
         """Concatenates the devices' parts along a dimension."""
         if self.axis is None:
             return x
+        if self._by_mail(x):
+            at = dimension % x.ndim
+            parts = jnp.moveaxis(self._exchange(all_gather, x), 0, at)
+            return parts.reshape(*x.shape[:at], -1, *x.shape[at + 1 :])
         parts = lax.all_gather(x, self.axis, axis=dimension, tiled=True)
         return parts if self.ranks == 1 else jnp.concatenate([parts] * self.ranks, dimension)
+
+    def _by_mail(self, x) -> bool:
+        """Whether an array goes through the mailbox."""
+        if self.mail is None or not isinstance(x, jax.Array):
+            return False
+        return misfit(x, self.mail.size, lax.axis_size(self.axis)) is None
+
+    def _exchange(self, exchange, x):
+        result, mail = exchange(x, self.mail[...], self.axis)
+        self.mail[...] = mail
+        return result
 
     def local(self, ids, size: int):
         """Ids of rows that are divided over the devices, as this one counts its own `size`."""
@@ -105,6 +143,13 @@ def make_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
             )
         devices = present[:devices]
     return Mesh(np.array(present if devices is None else list(devices)), (AXIS,))
+
+
+def has_mail_on(mesh: AnyMesh) -> bool:
+    """Whether devices can have mailboxes: several GPUs of one process, counted from the first."""
+    if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "gpu":
+        return False
+    return has_mail([device.id for device in mesh.devices.flat])
 
 
 def normal(scale: float) -> Callable:

@@ -25,6 +25,7 @@ from mimo_jax.sharding import (
     check_divisible,
     check_heads,
     first_part,
+    has_mail_on,
     param_specs,
     shardings,
 )
@@ -193,9 +194,11 @@ def make_program(plan: Plan, settings: Settings, options: dict[str, Any] | None 
 
     def body(params, state: State, request: Request) -> State:
         model, drafter = plan.modules(params)
+        # XLA's collectives would leave the loop to the host.
+        parallel = plan.parallel.with_mail() if has_mail_on(plan.mesh) else plan.parallel
         if settings.chunk:
-            state = prefill(model, drafter, plan.taps, state, settings.chunk, plan.parallel)
-        return decode(model, drafter, plan.taps, state, request, settings.block, plan.parallel)
+            state = prefill(model, drafter, plan.taps, state, settings.chunk, parallel)
+        return decode(model, drafter, plan.taps, state, request, settings.block, parallel)
 
     sharded = jax.shard_map(
         body,
