@@ -58,7 +58,7 @@ def attend_chunk(
 
 def _flash(q, keys, values, start, live, first, sink, *_, window):
     """The kernel, or blocks."""
-    options = {"first": first, "window": window, "sink": sink, "implementation": "blocks"}
+    options = {"first": first, "window": window, "sink": sink}
     return prefill_attention(q, keys, values, start, live, **options)
 
 

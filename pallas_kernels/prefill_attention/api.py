@@ -31,10 +31,10 @@ def prefill_attention(
 ) -> Float[Array, "b t n v"]:
     """Causal attention of a chunk of a prompt to keys that already hold the chunk's own rows.
 
-    Rows of keys are in the order of their positions: row i holds position first + i. A query sees
-    positions from 0 up to its own, those before start + live only, and with a window its last
-    `window` ones. What else a row holds, NaN too, weighs nothing if no query of the chunk sees it.
-    The caller answers for rows that its queries see and `keys` does not have: they are left out.
+    Rows of keys are in the order of their positions: row i holds position i, or with a window
+    position first + i. A query sees positions from 0 up to its own, those before start + live only,
+    and with a window its last `window` ones. What else a row holds, NaN too, weighs nothing if no
+    query of the chunk sees it. A position that a query sees and `keys` lacks is left out.
 
     "reference" is plain jnp in float32, all scores at once. "blocks" is plain jnp, a tile of keys
     at a time, on any platform. "mosaic_gpu" is the kernel for Hopper, in bfloat16. "auto" takes the
@@ -51,7 +51,7 @@ def prefill_attention(
       start: position of each sequence's first query.
       live: queries that count, first in the chunk; outputs of the others mean nothing, but are
         finite where their queries are.
-      first: position of the keys' first row, may be negative; None is 0.
+      first: position of the keys' first row, may be negative; None is 0, as without a window.
       window: positions that a query sees, its own included.
       sink: one more logit a head, unscaled, which takes mass and adds no value.
       implementation: "auto", or the name of one, which then runs or raises.
@@ -65,7 +65,7 @@ def prefill_attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
-    _check(q, keys, values, start, live, first, sink)
+    _check(q, keys, values, start, live, first, window, sink)
     arguments = q, keys, values, start, live, first, sink
     if implementation == "reference":
         return prefill_attention_reference(*arguments[:-1], window, sink)
@@ -86,7 +86,7 @@ def prefill_attention(
     return blocks(*arguments)
 
 
-def _check(q, keys, values, start, live, first, sink):
+def _check(q, keys, values, start, live, first, window, sink):
     """Shapes that mean something, whatever implementation runs."""
     b, _, n, h = q.shape
     k, s = keys.shape[1:3]
@@ -97,6 +97,8 @@ def _check(q, keys, values, start, live, first, sink):
         )
     if n % k:
         raise ValueError(f"q has {n} heads, the keys {k}: queries must divide among them.")
+    if first is not None and window is None:
+        raise ValueError("first is for windows: without one, keys begin at position 0.")
     numbers = {"start": start, "live": live} | ({} if first is None else {"first": first})
     if any(x.shape != (b,) for x in numbers.values()):
         shapes = ", ".join(f"{name} {x.shape}" for name, x in numbers.items())

@@ -124,6 +124,7 @@ def test_auto_is_blocks_on_a_cpu(rng):
         (dict(start=(3,)), "start .3,., live .2,., first .2,. must be .2."),
         (dict(first=(1,)), "must be"),
         (dict(sink=(5,)), "sink .5,. must be .6."),
+        (dict(window=None), "first is for windows"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, what):
@@ -135,9 +136,10 @@ def test_what_does_not_fit_is_refused(change, what):
     given = {
         name: jnp.zeros(shape, jnp.int32 if name in numbers else jnp.float32)
         for name, shape in (shapes | change).items()
+        if name != "window"
     }
     with pytest.raises(ValueError, match=what):
-        prefill_attention(**given)
+        prefill_attention(**given, window=change.get("window", 7))
 
 
 def test_an_unknown_implementation_is_refused(rng):
