@@ -1,9 +1,13 @@
 """A thread block of the router, one of a cluster: norm, products, and the choice by the last one.
 
 A cluster has some experts; each of its blocks has a part of the columns and reads nothing else.
-Rows' sums of squares, then products, go to the cluster's other blocks through shared memory. The
-first block of the cluster writes scores; of these blocks, the last one that is done chooses for all
-tokens. No block waits for one of another cluster.
+Rows' sums of squares, then products, are sent to other blocks' shared memory. The first block of
+the cluster writes scores; of these blocks, the last one that is done chooses for all tokens. No
+block waits for one of another cluster.
+
+Shared memory is written once, each place by one thread. A block receives all that it is sent before
+it ends, so that nothing can come to one that is gone: the squares of all ranks for its norm, and in
+the first block all ranks' sums.
 """
 
 import dataclasses
@@ -16,6 +20,8 @@ from pallas_kernels.router.plan import PIECE, TILE, Plan
 LOG2E = math.log2(math.e)
 _TAKEN = -(1 << 31)
 _NONE = (1 << 31) - 1
+_SQUARES, _SHARES = 0, 1
+"""Inboxes of a block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +94,14 @@ class Block:
             row_squares=plan.ranks * tokens,
             sums=plan.warps * self.cells,
             shares=plan.ranks * self.cells,
+            scores_here=self.t * plan.experts,
+            told=4,
             flag=1,
         )
 
     def run(self, m, cluster, rank, refs):
         """All of it."""
         at = Place(cluster, rank, m.thread // 32, m.thread % 32)
-        # Rows first: they are needed first, and are near.
-        rows = self._load_rows(m, refs["h"], at)
-        update = self._load_rows(m, refs["update"], at) if "update" in refs else None
-        gains = [m.load(refs["norm"], column, 2, 4) for column in self._columns(at)]
         weights = [
             [
                 self._load_weights(m, refs["weight"], at, tile, column)
@@ -105,6 +109,13 @@ class Block:
             ]
             for tile in range(self.plan.tiles)
         ]
+        gains = [m.load(refs["norm"], column, 2, 4) for column in self._columns(at)]
+        self._prefetch_bias(m, refs["bias"], at)
+        sizes = [self.plan.ranks * 8 * self.halves, self.plan.ranks * self.cells]
+        m.open_inboxes(refs["told"], sizes)
+        m.begin()
+        rows = self._load_rows(m, refs["h"], at)
+        update = self._load_rows(m, refs["update"], at) if "update" in refs else None
         if update is not None:
             rows = _map(functools.partial(_add, m), rows, update)
             self._store_rows(m, refs["stream"], at, rows)
@@ -121,6 +132,11 @@ class Block:
             self._leave(m, refs["sums"], at, tile, self._multiply(m, x, pieces))
         self._gather(m, refs, at)
         m.when(rank.equals(0), lambda: self._conclude(m, refs, at))
+
+    def _prefetch_bias(self, m, ref, at: Place):
+        """It is needed last, and then at once."""
+        line = m.minimum(m.thread * 32, self.plan.experts - 1)
+        m.prefetch(ref, line, at.rank.equals(0) & (m.const(self.plan.experts) > m.thread * 32))
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -166,8 +182,10 @@ class Block:
         token, rank = m.thread % tokens, m.minimum(m.thread // tokens, plan.ranks - 1)
         total = self._added(m, refs["squares"], token, tokens, plan.warps)
         telling = m.const(plan.ranks * tokens) > m.thread
-        m.store_remote(refs["row_squares"], at.rank * tokens + token, total, rank, telling)
-        m.cluster_barrier()
+        m.meet_cluster()
+        inbox = refs["told"], _SQUARES
+        m.send(refs["row_squares"], at.rank * tokens + token, total, rank, inbox, telling)
+        m.receive(inbox)
         scales = []
         for token, _ in self._tokens(m, at):
             total = self._added(m, refs["row_squares"], token, tokens, plan.ranks)
@@ -227,14 +245,14 @@ class Block:
         for cell, there in self._cells(m):
             total = self._added(m, refs["sums"], cell, self.cells, self.plan.warps)
             index = at.rank * self.cells + cell
-            m.store_remote(refs["shares"], index, total, m.const(0), there)
-        m.cluster_barrier()
+            m.send(refs["shares"], index, total, m.const(0), (refs["told"], _SHARES), there)
 
     # --- choices ----------------------------------------------------------------------------------
 
     def _conclude(self, m, refs, at: Place):
         """The first block of a cluster: scores; the last of them: all tokens' experts."""
         plan, one = self.plan, m.const(1.0)
+        m.receive((refs["told"], _SHARES))
         for cell, there in self._cells(m):
             logit = self._added(m, refs["shares"], cell, self.cells, plan.ranks)
             score = one / (one + m.exp2(logit * m.const(-LOG2E)))
@@ -248,68 +266,70 @@ class Block:
         """A warp for each token."""
         for start in range(0, self.t, self.plan.warps):
             token = at.warp + start
-            there = m.const(self.t) > token
-            token = m.minimum(token, self.t - 1)
-            ids, weights = self._best(m, *self._candidates(m, refs, at, token))
-            self._write(m, refs, at, token, there, ids, weights)
+            m.when(m.const(self.t) > token, functools.partial(self._choose_for, m, refs, at, token))
+
+    def _choose_for(self, m, refs, at: Place, token):
+        """A token's experts, a lane for each choice."""
+        best = self._best(m, at, *self._candidates(m, refs, at, token))
+        m.meet_warp()
+        index = token * self.plan.experts + best
+        self._write(m, refs, at, token, best, m.load_shared(refs["scores_here"], index, 1)[0])
 
     def _candidates(self, m, refs, at: Place, token):
-        """A lane's experts, lane, lane + 32, ...: ids, scores, and keys in their order."""
-        experts, found = self.plan.experts, []
-        for start in range(0, experts, 32):
+        """A lane's experts, lane, lane + 32, ..., and keys in the order of their scores.
+
+        The scores are left in shared memory.
+        """
+        count, found, keys = self.plan.experts, [], []
+        for start in range(0, count, 32):
             expert = at.lane + start
-            known = m.minimum(expert, experts - 1)
-            score = m.load_new(refs["scores"], token * experts + known)
+            known = m.minimum(expert, count - 1)
+            score = m.load_new(refs["scores"], token * count + known)
             (bias,) = m.load(refs["bias"], known, 4, 1)
-            found.append((expert, score, bias))
-        keys = []
-        for expert, score, bias in found:
+            found.append((expert, known, score, bias))
+        for expert, known, score, bias in found:
+            exists = m.const(count) > expert
+            m.store_shared(refs["scores_here"], token * count + known, [score], exists)
             key = _ordered(m, score + m.as_float(bias))
-            keys.append(m.where(m.const(experts) > expert, key, m.const(_TAKEN)))
-        return [expert for expert, *_ in found], [score for _, score, _ in found], keys
+            keys.append(m.where(exists, key, m.const(_TAKEN)))
+        return [expert for expert, *_ in found], keys
 
-    def _best(self, m, experts, scores, keys):
-        """The chosen experts and their scores, best first, ties by lowest id: in all lanes."""
-        ids, weights, none = [], [], m.const(_NONE)
-        for _ in range(self.c):
+    def _best(self, m, at: Place, experts, keys):
+        """The chosen experts, best first, ties by lowest id: one in each lane, then zeros."""
+        none = m.const(_NONE)
+
+        def one(i, carry):
+            keys, found = carry[:-1], carry[-1]
             top = _tree(m.maximum, keys)
-            mine = _tree(
-                m.minimum,
-                [
-                    m.where(key.equals(top), expert, none)
-                    for key, expert in zip(keys, experts, strict=True)
-                ],
-            )
-            best = m.warp_min(m.where(top.equals(m.warp_max(top)), mine, none))
-            chosen = [expert.equals(best) for expert in experts]
-            keys = [
-                m.where(is_it, m.const(_TAKEN), key)
-                for is_it, key in zip(chosen, keys, strict=True)
+            mine = [
+                m.where(key.equals(top), expert, none)
+                for key, expert in zip(keys, experts, strict=True)
             ]
-            found = m.const(0)
-            for is_it, score in zip(chosen, scores, strict=True):
-                found = m.where(is_it, m.bits(score), found)
-            ids.append(best)
-            weights.append(m.as_float(m.warp_or(found)))
-        return ids, weights
+            mine = _tree(m.minimum, mine)
+            best = m.warp_min(m.where(top.equals(m.warp_max(top)), mine, none))
+            keys = [
+                m.where(expert.equals(best), m.const(_TAKEN), key)
+                for key, expert in zip(keys, experts, strict=True)
+            ]
+            return [*keys, m.where(at.lane.equals(i), best, found)]
 
-    def _write(self, m, refs, at: Place, token, there, ids, weights):
-        """A lane for each choice."""
-        mine, share, total = m.const(0), m.const(0.0), m.const(0.0)
-        for i, (best, weight) in enumerate(zip(ids, weights, strict=True)):
-            mine = m.where(at.lane.equals(i), best, mine)
-            share = m.where(at.lane.equals(i), weight, share)
-            total = total + weight
+        return m.repeat(m.const(self.c), one, [*keys, m.const(0)])[-1]
+
+    def _write(self, m, refs, at: Place, token, best, share):
+        """Ids and weights of a token."""
         if self.normalise:
+            total = m.of_lane(share, 0)
+            for i in range(1, self.c):
+                total = total + m.of_lane(share, i)
             share = share / (total + m.const(1e-20))
         if self.scale != 1.0:
             share = share * m.const(self.scale)
         if "live" in refs:
             (live,) = m.load(refs["live"], token, 4, 1)
-            mine = m.where(live.equals(0), m.const(-1), mine)
-        there = there & (m.const(self.c) > at.lane)
+            best = m.where(live.equals(0), m.const(-1), best)
+        there = m.const(self.c) > at.lane
         index = token * self.c + m.minimum(at.lane, self.c - 1)
-        m.store(refs["ids"], index, 4, [mine], there)
+        m.store(refs["ids"], index, 4, [best], there)
         m.store(refs["weights"], index, 4, [share], there)
 
 

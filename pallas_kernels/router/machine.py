@@ -1,15 +1,29 @@
 """What threads of a cluster do besides what those of a block can: see `attention.machine`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.attention.machine import Machine, Reg, _at, _f32, _flag, _i32, _results, _word
 
-_STORE_REMOTE = (
-    "{ .reg .pred p; .reg .b32 there; setp.ne.s32 p, $0, 0; "
-    "mapa.shared::cluster.u32 there, $1, $2; @p st.shared::cluster.f32 [there], $3; }"
+# Barriers of shared memory that complete when so many bytes have come. A barrier of the cluster
+# that orders stores has a fence, which waits for all loads under way: here those of the weights.
+_MAKE = "mbarrier.init.shared::cta.b64 [$1+{0}], 1;\n"
+_EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1+{0}], {1};\n"
+_MADE = (
+    "{{\n.reg .pred p;\nsetp.ne.s32 p, $0, 0;\n@p bra DONE;\n{}"
+    "fence.mbarrier_init.release.cluster;\nDONE:\n}}"
+)
+_SEND = (
+    "{ .reg .pred p; .reg .b32 there, told; setp.ne.s32 p, $0, 0; "
+    "mapa.shared::cluster.u32 there, $1, $2; mapa.shared::cluster.u32 told, $3, $2; "
+    "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], $4, [told]; }"
+)
+_RECEIVE = (
+    "{\n.reg .pred p;\nWAIT:\n"
+    "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], 0, 10000000;\n"
+    "@!p bra WAIT;\n}"
 )
 # The addition releases what this block's threads wrote (they have met before) and acquires what
 # the others did. It wraps to 0 after the last block: the word is fit for the next launch.
@@ -34,28 +48,77 @@ class ClusterMachine(Machine):
         """1 / sqrt(x)."""
         return _results(1, _f32(), [x.value], "rsqrt.approx.f32 $0, $1;", "=f,f")[0]
 
-    def load_new(self, ref, index: Reg, where: Reg | None = None) -> Reg:
-        """A float of global memory that another block of this launch wrote; 0 if not where."""
-        del where  # What is there can always be read.
+    def load_new(self, ref, index: Reg) -> Reg:
+        """A float of global memory that another block of this launch wrote."""
         text = "ld.relaxed.gpu.global.b32 $0, [$1];"
         (word,) = _results(1, _i32(), [_at(ref, index, 4)], text, "=r,l", True)
         return self.as_float(word)
 
-    def store_remote(self, ref, index: Reg, value: Reg, rank: Reg, where: Reg) -> None:
-        """A float to the shared memory of a block of the cluster, where the condition holds."""
+    def prefetch(self, ref, index: Reg, where: Reg) -> None:
+        """Brings a word of global memory, and its neighbours, to the L2 cache."""
+        text = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p prefetch.global.L2 [$1]; }"
+        operands = [_flag(where), _at(ref, index, 4)]
+        llvm.inline_asm(None, operands, text, "r,l", has_side_effects=True)
+
+    def open_inboxes(self, told, sizes: Sequence[int]) -> None:
+        """Makes a block's inboxes, each for so many floats, used once; all threads come here.
+
+        Args:
+          told: shared memory, two words an inbox.
+          sizes: floats that will come, from this block too.
+        """
+        if self.ranks == 1:
+            return
+        lines = [_MAKE.format(8 * i) + _EXPECT.format(8 * i, 4 * n) for i, n in enumerate(sizes)]
+        operands = [self.thread.value, _at(told, self.const(0), 4)]
+        text = _MADE.format("".join(lines))
+        llvm.inline_asm(None, operands, text, "r,r", has_side_effects=True)
+
+    def begin(self) -> None:
+        """Tells the cluster that the inboxes are open, once loads that come before are under way.
+
+        ptxas moves no load across the barrier; else it puts off those that are not needed first.
+        """
+        self.barrier()
+        if self.ranks > 1:
+            text = "barrier.cluster.arrive.relaxed.aligned;"
+            llvm.inline_asm(None, [], text, "", has_side_effects=True)
+
+    def meet_cluster(self) -> None:
+        """Waits until all blocks of the cluster have opened their inboxes."""
+        if self.ranks > 1:
+            text = "barrier.cluster.wait.aligned;"
+            llvm.inline_asm(None, [], text, "", has_side_effects=True)
+
+    def send(self, ref, index: Reg, value: Reg, rank: Reg, inbox: tuple, where: Reg) -> None:
+        """A float to the shared memory of a block of the cluster, where the condition holds.
+
+        Args:
+          ref: an array of shared memory, the same in all blocks.
+          index: its place there.
+          value: the float.
+          rank: the block.
+          inbox: where that block is told: `told`, and which.
+          where: the condition.
+        """
         if self.ranks == 1:
             self.store_shared(ref, index, [value], where)
             return
-        operands = [_flag(where), _at(ref, index, 4), rank.value, value.value]
-        llvm.inline_asm(None, operands, _STORE_REMOTE, "r,r,r,f", has_side_effects=True)
+        told = _at(inbox[0], self.const(2 * inbox[1]), 4)
+        operands = [_flag(where), _at(ref, index, 4), rank.value, told, value.value]
+        llvm.inline_asm(None, operands, _SEND, "r,r,r,r,f", has_side_effects=True)
 
-    def cluster_barrier(self) -> None:
-        """All threads of the cluster meet; what they wrote to shared memory can be read."""
+    def receive(self, inbox: tuple) -> None:
+        """Waits until an inbox of this block is full; what was sent can be read."""
         if self.ranks == 1:
             self.barrier()
             return
-        text = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-        llvm.inline_asm(None, [], text, "", has_side_effects=True)
+        told = _at(inbox[0], self.const(2 * inbox[1]), 4)
+        llvm.inline_asm(None, [told], _RECEIVE, "r", has_side_effects=True)
+
+    def meet_warp(self) -> None:
+        """The lanes of a warp meet; what they wrote to shared memory can be read by them."""
+        llvm.inline_asm(None, [], "bar.warp.sync 0xffffffff;", "", has_side_effects=True)
 
     def warp_max(self, value: Reg) -> Reg:
         """The greatest int of the warp's lanes."""
@@ -65,9 +128,11 @@ class ClusterMachine(Machine):
         """The least int of the warp's lanes."""
         return self._reduce(value, "min.s32")
 
-    def warp_or(self, value: Reg) -> Reg:
-        """The bits that a lane of the warp has."""
-        return self._reduce(value, "or.b32")
+    def of_lane(self, value: Reg, lane: int) -> Reg:
+        """What a lane of the warp has."""
+        text = f"shfl.sync.idx.b32 $0, $1, {lane}, 31, -1;"
+        found = _results(1, _i32(), [_word(value).value], text, "=r,r", True)[0]
+        return self.as_float(found) if value.is_float else found
 
     def _reduce(self, value: Reg, operation: str) -> Reg:
         text = f"redux.sync.{operation} $0, $1, -1;"
@@ -91,7 +156,7 @@ class ClusterMachine(Machine):
         return self.bits(self.load_shared(flag, self.const(0), 1)[0]).equals(1)
 
     def when(self, condition: Reg, then: Callable) -> None:
-        """then(), in blocks for all of whose threads the condition holds."""
+        """then(), in warps for which the condition holds: for all of a warp's lanes, or none."""
         branch = scf.IfOp(condition.value)
         with ir.InsertionPoint(branch.then_block):
             then()

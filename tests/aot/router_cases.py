@@ -74,10 +74,9 @@ def loop(mesh) -> Case:
     def program(h, norm, layers, bias, live, rounds):
         def one_round(carry):
             left, h = carry
-            update = h
             for weight, counter in layers:
-                x, ids, weights, h = run("pro", h, norm, weight, bias, update, live, counter)
-                update = x * (weights.sum() + ids.sum().astype(jnp.float32)).astype(x.dtype)
+                x, ids, weights, h = run("pro", h, norm, weight, bias, h * norm, live, counter)
+                h = h + norm * (weights.sum() + ids.sum().astype(jnp.float32)).astype(x.dtype) * x
             return left - 1, h
 
         return jax.lax.while_loop(lambda carry: carry[0] > 0, one_round, (rounds, h))[1]

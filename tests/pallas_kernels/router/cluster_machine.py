@@ -2,8 +2,8 @@
 
 All threads go in step. So that a barrier that is missing is seen all the same, each word of shared
 memory remembers who wrote it and when: to read another thread's word there must have been a barrier
-since, one of the cluster if it came from another block, and no word is written twice. Memory is
-numpy arrays; a load or store outside of its array fails.
+since, or a full inbox if it was sent, and no word is written twice. Memory is numpy arrays; a load
+or store outside of its array fails.
 """
 
 import ml_dtypes
@@ -27,7 +27,7 @@ class Shared:
     def __init__(self, ranks, size):
         self.values = np.full((ranks, size), np.nan, np.float32)
         self.writer = np.full((ranks, size), -1)
-        self.block_time, self.cluster_time = (np.zeros((ranks, size), int) for _ in range(2))
+        self.time, self.inbox = np.zeros((ranks, size), int), np.full((ranks, size), -1)
 
 
 class NumpyCluster:
@@ -39,7 +39,9 @@ class NumpyCluster:
         self.thread = reg((self.every % threads).astype(np.int32))
         self.rank = reg((self.every // threads).astype(np.int32))
         self.active = np.ones(self.size, bool)
-        self.times, self.barriers, self.missing = [0, 0], 0, missing
+        self.time, self.barriers, self.missing = 0, 0, missing
+        self.sizes, self.received, self.met, self.warp_time = [], set(), False, 0
+        self.stored, self.begun = -1, False
 
     def const(self, value):
         return reg(np.full(self.size, value, np.int32 if isinstance(value, int) else np.float32))
@@ -71,14 +73,18 @@ class NumpyCluster:
         found = np.ascontiguousarray(found).view(np.int32).reshape(self.size, words)
         return [reg(found[:, i].copy()) for i in range(words)]
 
-    def load_new(self, ref, index, where=None):
-        return self.as_float(self.load(ref, index, 4, 1, where)[0])
+    def load_new(self, ref, index):
+        return self.as_float(self.load(ref, index, 4, 1)[0])
 
     def store(self, ref, index, width, words, where):
         live = self.active & np.asarray(where)
         flat, at = self._places(ref, index, width, len(words), live)
         bits = np.stack([np.asarray(w).view(np.int32) for w in words], axis=1)
         flat[at[live]] = np.ascontiguousarray(bits).view(np.uint8)[live]
+        self.stored = self.time
+
+    def prefetch(self, ref, index, where):
+        self._places(ref, index, 4, 1, np.asarray(where))
 
     # --- shared memory
 
@@ -88,35 +94,70 @@ class NumpyCluster:
             for i in range(count):
                 cell = int(self.rank[thread]), int(index[thread]) + i
                 assert 0 <= cell[1] < ref.values.shape[1], "outside shared memory"
-                writer = ref.writer[cell]
-                if writer not in (-1, thread):
-                    far = writer // self.threads != cell[0]
-                    met = ref.cluster_time[cell] < self.times[1]
-                    met = met or (not far and ref.block_time[cell] < self.times[0])
-                    assert met, "no barrier between a store and a load"
+                self._check_order(ref, cell, thread)
                 found[thread, i] = ref.values[cell]
         return [reg(found[:, i].copy()) for i in range(count)]
 
+    def _check_order(self, ref, cell, thread):
+        writer, inbox = ref.writer[cell], ref.inbox[cell]
+        if inbox >= 0:
+            assert (cell[0], inbox) in self.received, "sent and not received"
+        elif writer not in (-1, thread):
+            assert writer // self.threads == cell[0]
+            same_warp = writer // 32 == thread // 32
+            since = self.warp_time if same_warp else self.time
+            assert ref.time[cell] < max(self.time, since), "no barrier between a store and a load"
+
     def store_shared(self, ref, index, values, where):
         for i, value in enumerate(values):
-            self.store_remote(ref, index + i, value, self.rank, where)
+            self._store(ref, index + i, value, self.rank, where, -1)
 
-    def store_remote(self, ref, index, value, rank, where):
+    def _store(self, ref, index, value, rank, where, inbox):
         for thread in self.every[self.active & np.asarray(where)]:
             cell = int(rank[thread]), int(index[thread])
             assert 0 <= cell[1] < ref.values.shape[1], "outside shared memory"
             assert ref.writer[cell] == -1, "shared memory is written twice"
             ref.values[cell], ref.writer[cell] = value[thread], thread
-            ref.block_time[cell], ref.cluster_time[cell] = self.times
+            ref.time[cell], ref.inbox[cell] = self.time, inbox
+            if inbox >= 0:
+                self.sizes[inbox][cell[0]] -= 1
 
-    def barrier(self, of_cluster=0):
+    def open_inboxes(self, told, sizes):
+        assert self.active.all() and 2 * len(sizes) <= told.values.shape[1]
+        self.sizes = [[size] * self.ranks for size in sizes]
+
+    def begin(self):
+        self.begun = True
+
+    def meet_cluster(self):
+        assert self.begun and self.active.all(), (
+            "a barrier of the cluster that some threads do not come to"
+        )
+        self._meet(lambda: setattr(self, "met", True))
+
+    def send(self, ref, index, value, rank, inbox, where):
+        assert self.met, "a block may not have begun that something is sent to"
+        self._store(ref, index, value, rank, where, inbox[1])
+
+    def receive(self, inbox):
+        ranks = set(np.asarray(self.rank)[self.active].tolist())
+        assert all(self.sizes[inbox[1]][rank] == 0 for rank in ranks), (
+            "waits for ever, or too short"
+        )
+        self._meet(lambda: self.received.update((rank, inbox[1]) for rank in ranks))
+
+    def barrier(self):
+        blocks = self.active.reshape(self.ranks, -1)
+        assert (blocks.all(1) == blocks.any(1)).all(), "a barrier that some threads do not come to"
+        self._meet(lambda: setattr(self, "time", self.time + 1))
+
+    def meet_warp(self):
+        self._meet(lambda: setattr(self, "warp_time", self.time + 1))
+
+    def _meet(self, happens):
         if self.barriers != self.missing:
-            self.times = [self.times[0] + 1, self.times[1] + of_cluster]
+            happens()
         self.barriers += 1
-
-    def cluster_barrier(self):
-        assert self.active.all(), "a barrier of the cluster that some threads do not come to"
-        self.barrier(1)
 
     # --- lanes
 
@@ -131,8 +172,8 @@ class NumpyCluster:
     def warp_min(self, value):
         return self._warps(value, np.min)
 
-    def warp_or(self, value):
-        return self._warps(value, np.bitwise_or.reduce)
+    def of_lane(self, value, lane):
+        return self._warps(value, lambda rows, axis: rows[:, lane])
 
     def swap(self, value, mask):
         return reg(np.asarray(value)[self.every ^ mask])
@@ -190,6 +231,7 @@ class NumpyCluster:
 
     def is_last(self, counter, word, blocks, flag):
         self.barrier()
+        assert self.stored < self.time, "no barrier between stores and their count"
         self.store_shared(flag, self.const(0), [self.const(1.0)], self.thread.equals(0))
         self.barrier()
         self.load_shared(flag, self.const(0), 1)
@@ -197,11 +239,15 @@ class NumpyCluster:
         counter[word] = 0 if before >= blocks - 1 else before + 1
         return reg(np.full(self.size, before == blocks - 1))
 
+    def repeat(self, count, step, carry):
+        for i in range(int(count[0])):
+            carry = step(self.const(i), carry)
+        return carry
+
     def when(self, condition, then):
         held, self.active = self.active, self.active & np.asarray(condition)
-        for rank in range(self.ranks):
-            own = self.active[rank * self.threads : (rank + 1) * self.threads]
-            assert own.all() == own.any(), "a block of two minds"
+        warps = self.active.reshape(-1, 32)
+        assert (warps.all(1) == warps.any(1)).all(), "a warp of two minds"
         if self.active.any():
             then()
         self.active = held

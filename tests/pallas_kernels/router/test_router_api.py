@@ -1,0 +1,92 @@
+"""What the router's public function accepts, refuses and falls back to, in words."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from router_cases import BF16, choose, close_calls, normed, random_case, scores
+
+from pallas_kernels.router import new_counter, route
+
+NEW_JAX = jax.__version_info__ >= (0, 11, 2)
+OPTIONS = dict(choices=5, epsilon=1e-5, normalise=True, scale=1.5)
+
+
+@pytest.fixture
+def case(rng):
+    return random_case(rng, 7, 256, 21, True)
+
+
+def call(case, implementation="auto"):
+    """The router under jit."""
+    arrays = [None if part is None else jnp.asarray(part) for part in case]
+    given = dict(zip(("update", "live"), arrays[4:], strict=True), counter=new_counter())
+    run = functools.partial(route, **OPTIONS, implementation=implementation)
+    return jax.jit(run)(*arrays[:4], **given)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_cpu_runs_the_reference(implementation, case):
+    h, norm, weight, bias, update, live = case
+    found = call(case, implementation)
+    stream = (h.astype(np.float32) + update.astype(np.float32)).astype(BF16)
+    np.testing.assert_array_equal(found.h, stream)
+    x = normed(stream, norm, 1e-5)
+    # XLA may leave out the rounding between the norm's two products, and that of the stream.
+    np.testing.assert_allclose(np.float32(found.x), np.float32(x), rtol=2**-6, atol=2**-12)
+    exact = scores(np.asarray(found.x), weight)
+    ids, weights = choose(exact, bias, 5, True, 1.5)
+    ids = np.where(live[:, None], np.asarray(found.ids), ids)
+    assert (np.asarray(found.ids)[~live] == -1).all()
+    assert close_calls(exact, bias, ids, 1e-6).all()
+    same = np.asarray(found.ids) == choose(exact, bias, 5, True, 1.5)[0]
+    np.testing.assert_allclose(np.asarray(found.weights)[same], weights[same], rtol=1e-5)
+
+
+def test_without_update_the_stream_is_what_was_given(case):
+    found = call((*case[:4], None, None))
+    np.testing.assert_array_equal(found.h, case[0])
+    assert (np.asarray(found.ids) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(h=np.float32), "rows and norm in bfloat16, .* not float32, bfloat16, float32"),
+        (dict(t=17), "takes 1 to 16 tokens, not 17"),
+        (dict(d=192), "rows that can be cut among warps, not of 192"),
+        (dict(counter=None), r"not none: make one with new_counter\(\)"),
+    ],
+)
+def test_the_kernel_by_name_says_what_it_cannot_take(change, words, rng):
+    t, d = change.get("t", 3), change.get("d", 256)
+    h, norm, weight, bias, *_ = map(jnp.asarray, random_case(rng, t, d, 21, True))
+    counter = change.get("counter", new_counter())
+    with pytest.raises(ValueError, match=words):
+        route(
+            *(h.astype(change.get("h", h.dtype)), norm, weight, bias),
+            **OPTIONS,
+            counter=counter,
+            implementation="mosaic_gpu",
+        )
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU says")
+def test_the_kernel_by_name_refuses_a_cpu_in_words(case):
+    words = "this program is for cpu" if NEW_JAX else "needs jax >= 0.11.2, on Python 3.12"
+    with pytest.raises(NotImplementedError, match=words):
+        call(case, "mosaic_gpu")
+
+
+def test_what_means_nothing_is_refused(case):
+    h, norm, weight, bias, update, _ = map(jnp.asarray, case)
+    with pytest.raises(ValueError, match=r"bias is bfloat16 \(21,\); it must be float32 \[21\]"):
+        route(h, norm, weight, bias.astype(jnp.bfloat16), **OPTIONS)
+    with pytest.raises(ValueError, match="choices=22 is not 1 to 21"):
+        route(h, norm, weight, bias, **OPTIONS | dict(choices=22))
+    with pytest.raises(ValueError, match="update is float32"):
+        route(h, norm, weight, bias, **OPTIONS, update=update.astype(jnp.float32))
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        route(h, norm, weight, bias, **OPTIONS, implementation="fast")
