@@ -34,15 +34,14 @@ def test_a_cpu_runs_the_reference(implementation, case):
     stream = (h.astype(np.float32) + update.astype(np.float32)).astype(BF16)
     np.testing.assert_array_equal(found.h, stream)
     x = normed(stream, norm, 1e-5)
-    # XLA may leave out the rounding between the norm's two products, and that of the stream.
+    # XLA leaves out roundings to bfloat16 between what it fuses: of x for the scores, too.
     np.testing.assert_allclose(np.float32(found.x), np.float32(x), rtol=2**-6, atol=2**-12)
-    exact = scores(np.asarray(found.x), weight)
-    ids, weights = choose(exact, bias, 5, True, 1.5)
-    ids = np.where(live[:, None], np.asarray(found.ids), ids)
-    assert (np.asarray(found.ids)[~live] == -1).all()
-    assert close_calls(exact, bias, ids, 1e-6).all()
-    same = np.asarray(found.ids) == choose(exact, bias, 5, True, 1.5)[0]
-    np.testing.assert_allclose(np.asarray(found.weights)[same], weights[same], rtol=1e-5)
+    exact, ids = scores(x, weight), np.asarray(found.ids)
+    assert (ids[~live] == -1).all()
+    best, weights = choose(exact, bias, 5, True, 1.5)
+    assert close_calls(exact, bias, np.where(live[:, None], ids, best), 0.01).all()
+    same = (ids == best).all(1)
+    np.testing.assert_allclose(np.asarray(found.weights)[same], weights[same], rtol=0.02)
 
 
 def test_without_update_the_stream_is_what_was_given(case):
