@@ -27,6 +27,7 @@ _START_S = 60.0
 OTHERS: dict[str, str] = {
     "attention": "mimo_jax.bench.attention_jobs",
     "linear": "mimo_jax.bench.linear_jobs",
+    "router": "mimo_jax.bench.router_jobs",
 }
 """Other kernels and the modules of their jobs, whose names begin with the kernel's."""
 _KINDS = {
