@@ -9,16 +9,16 @@ from typing import Any
 
 from pallas_kernels.expert_ffn.mosaic_gpu import Launch
 
-ONE = Launch(fused=True)
+ONE, TWO = Launch(), Launch(fused=False)
 LAUNCHES: dict[str, Launch] = {
-    "two": Launch(),
-    "two-list": Launch(own_list=True),
-    "two-used": Launch(release="used"),
-    "two-fence": Launch(release="fence"),
-    "two-none": Launch(release="none"),
-    "two-3": Launch(stages=3),
-    "two-8": Launch(stages=8),
-    "two-wait": Launch(ahead=False),
+    "two": TWO,
+    "two-list": dataclasses.replace(TWO, own_list=True),
+    "two-used": dataclasses.replace(TWO, release="used"),
+    "two-fence": dataclasses.replace(TWO, release="fence"),
+    "two-none": dataclasses.replace(TWO, release="none"),
+    "two-3": dataclasses.replace(TWO, stages=3),
+    "two-8": dataclasses.replace(TWO, stages=8),
+    "two-wait": dataclasses.replace(TWO, ahead=False),
     "one": ONE,
     "one-used": dataclasses.replace(ONE, release="used"),
     "one-fence": dataclasses.replace(ONE, release="fence"),

@@ -47,6 +47,8 @@ def expert_ffn(
     expert_ids: Int32[Array, "t c"],
     routing: Float[Array, "t c"],
     *,
+    residual: Float[Array, "t d"] | None = None,
+    ahead: Shaped[Array, "..."] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t d"]:
     """Sums each token's chosen experts: routing * down(silu(gate x) * (up x)).
@@ -63,12 +65,15 @@ def expert_ffn(
       expert_ids: each token's c choices. An id outside [0, e) is a dead choice: it adds nothing and
         no weight is read for it.
       routing: float32 weights of the choices.
+      residual: bfloat16, added to the sums before they are rounded.
+      ahead: what a later kernel will read; the kernel for at most 8 tokens brings it to the L2
+        cache in the end.
       implementation: "auto", or the name of one, which then runs or raises.
 
     Returns:
       float32 sums in ascending order of expert id, so that a token's bits never depend on the
-      others. Within one implementation: the kernel rounds the hidden values to bfloat16, the
-      reference nothing.
+      others; with a residual bfloat16, rounded once. Within one implementation: the kernel rounds
+      the hidden values to bfloat16, the reference nothing.
 
     Raises:
       ValueError: on shapes, types or weights that do not fit, or an unknown implementation.
@@ -77,27 +82,30 @@ def expert_ffn(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
     _check(x, weights, expert_ids, routing)
+    _check_residual(x, residual)
+    arguments = x, weights, expert_ids, routing, residual, ahead
     if implementation == "reference":
-        return _reference(x, weights, expert_ids, routing)
+        return _reference(*arguments)
     refusal = _misfit(x, weights, expert_ids) or kernel_absence()
     if refusal is None:
         from pallas_kernels.expert_ffn.mosaic_gpu import expert_ffn_mosaic
 
         other = _reference if implementation == "auto" else _refuse
-        return jax.lax.platform_dependent(
-            x, weights, expert_ids, routing, cuda=expert_ffn_mosaic, default=other
-        )
+        return jax.lax.platform_dependent(*arguments, cuda=expert_ffn_mosaic, default=other)
     if implementation == "mosaic_gpu":
         raise refusal
     if jax.default_backend() == "gpu":
         _log_once(str(refusal))
-    return _reference(x, weights, expert_ids, routing)
+    return _reference(*arguments)
 
 
-def _reference(x, weights, expert_ids, routing):
+def _reference(x, weights, expert_ids, routing, residual, ahead):
     if isinstance(weights, KernelWeights):
         weights = ExpertWeights(*unpack_experts(weights))
-    return expert_ffn_reference(x, weights, expert_ids, routing)
+    y = expert_ffn_reference(x, weights, expert_ids, routing)
+    if residual is None:
+        return y
+    return (residual.astype(jax.numpy.float32) + y).astype(residual.dtype)
 
 
 def _misfit(x, weights, expert_ids) -> ValueError | None:
@@ -151,9 +159,9 @@ def _log_once(reason: str) -> None:
     _log.warning("Experts run on the slow reference: %s", reason)
 
 
-def _refuse(x, weights, expert_ids, routing):
+def _refuse(x, weights, expert_ids, routing, residual, ahead):
     """Stands for the kernel in programs for other platforms; to lower it raises."""
-    return _refusal().bind(x)
+    return _refusal().bind(x, dtype="float32" if residual is None else "bfloat16")
 
 
 @functools.cache
@@ -162,9 +170,9 @@ def _refusal():
     from jax.interpreters import mlir
 
     primitive = Primitive("expert_ffn_mosaic_gpu_elsewhere")
-    primitive.def_abstract_eval(lambda x: x.update(dtype=jax.numpy.dtype("float32")))
+    primitive.def_abstract_eval(lambda x, dtype: x.update(dtype=jax.numpy.dtype(dtype)))
 
-    def lower(context, _):
+    def lower(context, _, **__):
         platforms = context.module_context.platforms
         raise NotImplementedError(
             "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
@@ -173,6 +181,13 @@ def _refusal():
 
     mlir.register_lowering(primitive, lower)
     return primitive
+
+
+def _check_residual(x, residual):
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, "bfloat16"):
+        raise ValueError(
+            f"residual is {residual.dtype} {residual.shape}; x {x.shape} needs bfloat16 {x.shape}."
+        )
 
 
 def _check(x, weights, expert_ids, routing):

@@ -41,7 +41,7 @@ class Launch:
       time_line: also return when each warpgroup began and ended what; fused.
     """
 
-    fused: bool = False
+    fused: bool = True
     own_list: bool = False
     release: str = "loaded"
     ahead: bool = True

@@ -179,6 +179,9 @@ class Flow:
         # Pallas' interpreter wants every arrival to be seen.
         self.see_all(refs["empty"], self.stages, index, seen=index - self.stages + 1)
         self.see_all(refs["x_empty"], self.buffers, m, seen=m - self.buffers)
+        if "ahead" in refs:
+            # Not before this block has all its own weights.
+            grid.prefetch(refs["ahead"], lax.axis_index("cta"))
 
     def see_all(self, place, number, count, seen):
         """Waits for the last of `count` arrivals in turn at `number` barriers, from `seen` on."""
@@ -299,7 +302,7 @@ class Flow:
         self.stamp(refs, 3)
         # All claims are made, all rows of hidden values were read: ready for the next launch.
         pl.when(block == 0)(lambda: grid.clear(flags))
-        grid.add(refs["results"], refs["live"], refs["y"], block)
+        grid.add(refs["results"], refs["live"], refs.get("residual"), refs["y"], block)
         self.stamp(refs, 4)
 
     def lists(self, refs):
@@ -356,17 +359,19 @@ class Flow:
             bits=integer((self.grid.words,)),
         )
 
-    def call(self, x, weights, ids, routing, interpret, seen=None) -> dict[str, Array]:
-        """Launches; returns outputs by name."""
+    def call(self, x, weights, ids, routing, others, interpret, seen=None) -> dict[str, Array]:
+        """Launches; returns outputs by name. Others are `residual` and `ahead`, if any."""
         width = common_width(self.up, self.down)
         words = [w.reshape(*w.shape[:2], -1, width) for w in (weights.gate_up, weights.down)]
-        inputs = dict(x=x, ids=ids, routing=routing, flags=weights.barrier)
+        inputs = dict(x=x, ids=ids, routing=routing, flags=weights.barrier, **others)
         inputs |= {} if seen is None else dict(seen=seen)
         t, c = ids.shape
         outputs = dict(
             hidden=jax.ShapeDtypeStruct((self.slots, *rows_shape(self.down)), jnp.bfloat16),
             results=jax.ShapeDtypeStruct((t * c, self.down.rows), jnp.float32),
-            y=jax.ShapeDtypeStruct((t, self.down.rows), jnp.float32),
+            y=jax.ShapeDtypeStruct(
+                (t, self.down.rows), jnp.bfloat16 if "residual" in others else jnp.float32
+            ),
         )
         if self.time_line:
             shape = (self.ctas, self.consumers + 2, EVENTS, 2)

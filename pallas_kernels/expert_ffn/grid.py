@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
+from pallas_kernels.ahead import prefetch
 from pallas_kernels.expert_ffn.lanes import (
     _add,
     _and,
@@ -80,6 +82,12 @@ _MARK_IF = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p red.shared.or.b32 [$1], $2;
 _STAMP = (
     "{ .reg .b32 ns, clocks; .reg .pred p; setp.eq.s32 p, $0, 0; mov.u32 ns, %globaltimer_lo; "
     "mov.u32 clocks, %clock; @p st.global.v2.b32 [$1], {ns, clocks}; }"
+)
+# A pair of bfloat16 plus two sums, each rounded once.
+_ADD_PAIR = (
+    "{ .reg .b32 lo, hi; .reg .f32 a, b; shl.b32 lo, $1, 16; and.b32 hi, $1, 0xFFFF0000; "
+    "mov.b32 a, lo; mov.b32 b, hi; add.rn.f32 a, a, $2; add.rn.f32 b, b, $3; "
+    "cvt.rn.bf16x2.f32 $0, b, a; }"
 )
 EVENTS = 6
 """Moments that a warpgroup can note for a time line."""
@@ -336,12 +344,21 @@ class Grid:
                 total = arith.addi(total, _popcount(word))
         return below, total
 
-    def add(self, results_ref, live_ref, out_ref, block):
-        """Sums each token's results by ascending expert, all blocks together."""
-        d = out_ref.shape[1]
+    def prefetch(self, ahead_ref, block):
+        """Starts to bring an array to the L2 cache."""
+        size = math.prod(ahead_ref.shape) * ahead_ref.dtype.itemsize
+        prefetch(ahead_ref, size, block, self.ctas)
 
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, plgpu.Layout.WG_SPLAT))
-        def run(_, results, live, out, block):
+    def add(self, results_ref, live_ref, residual_ref, out_ref, block):
+        """Sums each token's results by ascending expert, all blocks together.
+
+        With a residual, that is added last, and the result is bfloat16.
+        """
+        d = out_ref.shape[1]
+        added = [] if residual_ref is None else [residual_ref]
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * (3 + len(added))))
+        def run(_, block, results, live, out, *added):
             start = _add(_mul(_scalar(block), _THREADS), _thread())
             pieces = self.t * (d // 4)
             for first in range(0, pieces, self.ctas * _THREADS):
@@ -349,11 +366,13 @@ class Grid:
                 with utils.when(arith.cmpi(_ULT, index, _c(pieces))):
                     token = arith.divui(index, _c(d // 4))
                     column = _mul(arith.subi(index, _mul(token, d // 4)), 4)
-                    self._add_piece(results, live, out, token, column, d)
+                    self._add_piece(results, live, added, out, token, column, d)
 
-        run(results_ref, live_ref, out_ref, block)
+        run(block, results_ref, live_ref, out_ref, *added)
 
-    def _add_piece(self, results, live, out, token, column, d):
+    def _add_piece(self, results, live, added, out, token, column, d):
+        at = _add(_mul(token, d), column)
+        pairs = _split(_load_at(_at(added[0], at, 2), 0, _vector(2, _i32()), 8)) if added else []
         count = _load(live, token, _i32())
         base = _at(results, _add(_mul(token, self.c * d), column), 4)
         total = [_constant(0.0)] * 4
@@ -364,8 +383,14 @@ class Grid:
                 arith.select(exists, arith.addf(a, b), a)
                 for a, b in zip(total, values, strict=True)
             ]
-        at = _at(out, _add(_mul(token, d), column), 4)
-        llvm.store(_join(total), at, alignment=16)
+        if not added:
+            llvm.store(_join(total), _at(out, at, 4), alignment=16)
+            return
+        words = [
+            _asm(_i32(), [pair, *total[2 * i : 2 * i + 2]], _ADD_PAIR, "=r,r,f,f")
+            for i, pair in enumerate(pairs)
+        ]
+        llvm.store(_join(words), _at(out, at, 2), alignment=8)
 
 
 def _load_past_l1(base, num_bytes, exists):

@@ -162,10 +162,15 @@ class Grid:
             elif name != "bits":
                 lists[name][...] = getattr(slots, name)
 
-    def add(self, results_ref, live_ref, out_ref, block):
+    def prefetch(self, ahead_ref, block):
+        """Nothing: the interpreter has no caches."""
+
+    def add(self, results_ref, live_ref, residual_ref, out_ref, block):
         """All of it, in each block: the last one has seen all results."""
         results = results_ref[...].reshape(self.t, self.c, -1)
         total = jnp.zeros_like(results[:, 0])
         for i in range(self.c):
             total = jnp.where(i < live_ref[...][:, None], total + results[:, i], total)
-        out_ref[...] = total
+        if residual_ref is not None:
+            total = residual_ref[...].astype(jnp.float32) + total
+        out_ref[...] = total.astype(out_ref.dtype)

@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.expert_ffn.block import (
     Block,
@@ -75,12 +75,28 @@ def _separate(x, weights, inputs, c, launch, interpret, hooks):
 
 
 @functools.partial(jax.jit, static_argnames=("launch", "interpret", "hooks"))
-def run_flow(x, weights, expert_ids, routing, *, launch, interpret=None, hooks=None):
-    """One launch, of at most 8 tokens; outputs by name, `y` [t, d] float32 among them."""
+def run_flow(
+    x,
+    weights,
+    expert_ids,
+    routing,
+    residual=None,
+    ahead=None,
+    *,
+    launch,
+    interpret=None,
+    hooks=None,
+):
+    """One launch, of at most 8 tokens; outputs by name, among them `y` [t, d].
+
+    That is the sum in float32, or bfloat16 with the residual added.
+    """
     (t, c), experts = expert_ids.shape, weights.gate_up.shape[0]
     make, grid = _hooks(hooks, launch, interpret, t, c, experts, blocked=True)
     flow = make_flow(weights, t, c, make, grid, launch)
-    call = functools.partial(flow.call, x, weights, expert_ids, routing.astype(jnp.float32))
+    others = {"residual": residual, "ahead": ahead}
+    others = {name: array for name, array in others.items() if array is not None}
+    call = functools.partial(flow.call, x, weights, expert_ids, routing.astype(jnp.float32), others)
     if interpret is None:
         _check_resident(launch)
         return call(None)
@@ -133,16 +149,31 @@ def expert_ffn_mosaic(
     weights: KernelWeights,
     expert_ids: Int32[Array, "t c"],
     routing: Float[Array, "t c"],
+    residual: Float[Array, "t d"] | None = None,
+    ahead: Shaped[Array, "..."] | None = None,
     *,
     launch: Launch | None = None,
     **options,
 ) -> Float[Array, "t d"]:
-    """See `api.expert_ffn`; x is taken in bfloat16, whatever its type."""
+    """See `api.expert_ffn`; x is taken in bfloat16, whatever its type.
+
+    Only one launch for both passes brings `ahead` nearer.
+    """
     x, launch = x.astype(jnp.bfloat16), launch or Launch()
     (t, c), experts = expert_ids.shape, weights.gate_up.shape[0]
     plans = weights.gate_up_plan, weights.down_plan
     if launch.fused and flow_misfit(*plans, t, c, experts) is None:
-        return run_flow(x, weights, expert_ids, routing, launch=launch, **options)["y"]
+        arguments = x, weights, expert_ids, routing, residual, ahead
+        return run_flow(*arguments, launch=launch, **options)["y"]
+    total = _sum_of_two(x, weights, expert_ids, routing, launch, options)
+    if residual is None:
+        return total
+    return (residual.astype(jnp.float32) + total).astype(jnp.bfloat16)
+
+
+def _sum_of_two(x, weights, expert_ids, routing, launch, options):
+    """By two launches, and XLA's sum."""
+    (t, c), experts = expert_ids.shape, weights.gate_up.shape[0]
     if launch.own_list and t <= _MOST_LISTING and t * c <= _MOST_LISTED:
         results = run_ids(x, weights, expert_ids, routing, launch=launch, **options)
         return sum_choices(results, live_choices(expert_ids, experts))

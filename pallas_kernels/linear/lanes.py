@@ -17,7 +17,6 @@ bring words in order. A tile is then 8 rows, so that whole rows, contiguous, mak
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.ahead import prefetch
 from pallas_kernels.expert_ffn.lanes import (
     _add,
     _and,
@@ -112,9 +112,6 @@ _COPY = (
 _LOAD_HALF = (
     "{ .reg .b16 h; .reg .b32 w; .reg .f32 a; ld.relaxed.gpu.global.b16 h, [$1]; "
     "cvt.u32.u16 w, h; shl.b32 w, w, 16; mov.b32 a, w; mov.f32 $0, a; }"
-)
-_PREFETCH = (
-    "{\n.reg .pred p;\nsetp.gt.u32 p, $0, 0;\n@p cp.async.bulk.prefetch.L2.global [$1], $0;\n}"
 )
 _SQUARES = (
     "{\n.reg .b32 lo, hi;\n.reg .f32 a, b, s;\nshl.b32 lo, $1, 16;\nand.b32 hi, $1, 0xFFFF0000;\n"
@@ -298,25 +295,7 @@ class Lanes:
 
     def prefetch(self, ahead_ref, num_bytes, block):
         """Starts to bring some of an array to the L2 cache, a part of each block's share."""
-        blocks = self.plan.groups * self.plan.split
-        share = -(-math.prod(ahead_ref.shape) * ahead_ref.dtype.itemsize // blocks)
-        share = -(-share // 128) * 128
-        chunk = -(-min(share, -(-num_bytes // blocks)) // (32 * 128)) * 128
-        total = math.prod(ahead_ref.shape) * ahead_ref.dtype.itemsize
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-        def run(_, ahead, block):
-            thread = arith.remui(utils.thread_idx(), _c(_THREADS))
-            place = _mul(thread, chunk)
-            start = _add(_mul(_scalar(block), share), place)
-            end = arith.minui(_c(total), _mul(_add(_scalar(block), 1), share))
-            size = arith.minui(_c(chunk), arith.subi(arith.maxui(end, start), start))
-            live = arith.cmpi(arith.CmpIPredicate.ult, thread, _c(32))
-            size = arith.select(live, size, _c(0))
-            at = _at(ahead, arith.select(live, start, _c(0)), 1)
-            _asm(None, [size, at], _PREFETCH, "r,l", effects=True)
-
-        run(ahead_ref, block)
+        prefetch(ahead_ref, num_bytes, block, self.plan.groups * self.plan.split)
 
     def fetch(self, x_ref, piece, group):
         """Starts to load this warp's slice of all tokens; those that are not there are zeros."""

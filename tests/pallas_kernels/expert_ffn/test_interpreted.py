@@ -29,7 +29,7 @@ D, F, EXPERTS, CHOICES = 256, 64, 5, 2
 PLANS = layout.Plan(2 * F, D, 4, 2, 2), layout.Plan(D, F, 8, 1, 1)
 TOLERANCE = 5e-3
 # More blocks than some experts have units, fewer stages than a unit has parts in flight.
-TWO = mosaic_gpu.Launch(ctas=3, stages=2)
+TWO = mosaic_gpu.Launch(ctas=3, stages=2, fused=False)
 ONE = mosaic_gpu.Launch(ctas=3, stages=3, fused=True)
 
 
@@ -117,6 +117,24 @@ def test_a_row_minds_its_own_business(rng):
     np.testing.assert_array_equal(second[1], 0)
 
 
+@pytest.mark.parametrize(
+    "launch", [ONE, pytest.param(TWO, marks=pytest.mark.slow)], ids=["one", "two"]
+)
+def test_a_residual_is_added_before_the_sum_is_rounded(launch, rng):
+    weights = random_experts(rng, EXPERTS, D, F)
+    ids, routing = map(jnp.asarray, random_routing(rng, 4, CHOICES, EXPERTS))
+    x, residual = tokens(rng, 4), tokens(rng, 4)
+    packed, options = layout.pack_experts(weights, *PLANS), dict(launch=launch)
+    options["interpret"] = plgpu.InterpretGPUParams()
+    y, added = (
+        mosaic_gpu.expert_ffn_mosaic(x, packed, ids, routing, more, **options)
+        for more in (None, residual)
+    )
+    assert added.dtype == jnp.bfloat16
+    wanted = (residual.astype(jnp.float32) + y).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(added, wanted)
+
+
 def test_no_active_expert_gives_zeros(rng):
     weights = random_experts(rng, EXPERTS, D, F)
     ids = np.full((4, CHOICES), EXPERTS, np.int32)
@@ -180,7 +198,7 @@ def test_blocks_that_wait_for_each_other_need_an_sm_each(monkeypatch):
 
 def test_what_needs_one_launch_is_refused_for_two():
     with pytest.raises(ValueError, match="needs fused=True"):
-        mosaic_gpu.Launch(time_line=True)
+        mosaic_gpu.Launch(time_line=True, fused=False)
 
 
 class LosesAUnit(interpreted.Interpreted):

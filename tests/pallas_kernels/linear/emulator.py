@@ -12,6 +12,7 @@ import types
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import ahead
 from pallas_kernels.linear import lanes
 
 THREADS = 128
@@ -328,14 +329,19 @@ _FAKES = dict(
 @contextlib.contextmanager
 def emulated():
     """The hooks of `lanes.Lanes` compute while this lasts."""
-    before = {name: getattr(lanes, name) for name in _FAKES}
+    before = [
+        (module, name, getattr(module, name))
+        for module in (lanes, ahead)
+        for name in _FAKES
+        if hasattr(module, name)
+    ]
     try:
-        for name, fake in _FAKES.items():
-            setattr(lanes, name, fake)
+        for module, name, _ in before:
+            setattr(module, name, _FAKES[name])
         yield
     finally:
-        for name, real in before.items():
-            setattr(lanes, name, real)
+        for module, name, real in before:
+            setattr(module, name, real)
 
 
 def run(plan, x, weight, scale, norm, epsilon, out_dtype, t, residual=None):
