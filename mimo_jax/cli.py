@@ -30,9 +30,11 @@ BENCHES = {
     "drafter": "mimo_jax.bench.drafter",
     "generate": "mimo_jax.bench.generate",
     "kernels": "mimo_jax.bench.kernels",
+    "prefill": "mimo_jax.bench.prefill",
     "qat": "mimo_jax.bench.qat",
     "train": "mimo_jax.bench.train",
     "rank": "mimo_jax.bench.rank",
+    "sums": "mimo_jax.bench.sums",
 }
 """Benchmarks by name: modules with `add_arguments(parser)` and `main(arguments) -> exit code`."""
 

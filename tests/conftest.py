@@ -46,10 +46,15 @@ settings.register_profile("mimo", deadline=None, print_blob=True, suppress_healt
 settings.load_profile("mimo")
 
 
-def _missing(marker: str) -> str | None:
-    """Why tests of this marker cannot run here, or None."""
+def _missing(marker: str, least: int = 8) -> str | None:
+    """Why tests of this marker cannot run here, or None.
+
+    Args:
+      marker: its name.
+      least: GPUs that a test of the marker gpu8 can do with.
+    """
     if marker in ("gpu", "gpu8"):
-        needed = 8 if marker == "gpu8" else 1
+        needed = least if marker == "gpu8" else 1
         platform, count = jax.default_backend(), jax.device_count()
         if platform != "gpu" or count < needed:
             return f"needs {needed} GPU(s); here: {count} {platform} device(s)"
@@ -63,10 +68,10 @@ def _missing(marker: str) -> str | None:
 def pytest_collection_modifyitems(items):
     """Skips, with the reason, tests whose device or package is not here."""
     for marker in ("gpu", "gpu8", "oracle"):
-        marked = [item for item in items if item.get_closest_marker(marker)]
-        reason = _missing(marker) if marked else None
-        for item in marked if reason else ():
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for item in items:
+            found = item.get_closest_marker(marker)
+            if found and (reason := _missing(marker, **found.kwargs)):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _fresh_generator() -> np.random.Generator:

@@ -28,6 +28,8 @@ OTHERS: dict[str, str] = {
     "attention": "mimo_jax.bench.attention_jobs",
     "linear": "mimo_jax.bench.linear_jobs",
     "router": "mimo_jax.bench.router_jobs",
+    "prefill": "mimo_jax.bench.prefill_jobs",
+    "sums": "mimo_jax.bench.sums_jobs",
 }
 """Other kernels and the modules of their jobs, whose names begin with the kernel's."""
 _KINDS = {

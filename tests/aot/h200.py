@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,18 @@ def missing() -> str | None:
     return None
 
 
-def report(case: str, devices: int = 1) -> Report:
+def report(case: str, devices: int = 1, dump: str | None = None) -> Report:
     """Compiles a case, of cases.py or as MODULE:NAME, in a process of its own.
+
+    Args:
+      case: its name.
+      devices: of the mesh.
+      dump: a folder, without which what the compilers leave is read and forgotten.
 
     Raises:
       RuntimeError: if it fails, with the end of what it said.
     """
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() if dump is None else nullcontext(dump) as dump:
         flags = os.environ.get("XLA_FLAGS", "").split()
         flags = [flag for flag in flags if "xla_dump" not in flag] + [f"--xla_dump_to={dump}"]
         environment = {

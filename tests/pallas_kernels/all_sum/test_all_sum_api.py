@@ -139,7 +139,7 @@ def test_parallel_by_mail_does_what_it_does_without(rng):
 
 
 def test_without_a_mailbox_or_too_large_it_is_xlas_sum(rng):
-    x = draw(rng, 8, (1 << 17,), jnp.bfloat16)
+    x = draw(rng, 8, (1 << 18,), jnp.bfloat16)
 
     def run(x):
         parallel = Parallel(AXIS).with_mail() if hasattr(jax, "new_ref") else Parallel(AXIS)
