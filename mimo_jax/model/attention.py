@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from mimo_jax import cache as kv
 from mimo_jax.config import AttentionConfig
-from mimo_jax.model.layers import INIT_SCALE, decoded, linear, rope, tile_scales
+from mimo_jax.model.layers import INIT_SCALE, decoded, linear, rope, rotary_angles, tile_scales
 from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
+from pallas_kernels.attention import block_attention
 
 MASKED = -1e30
 """Score of a masked key. Finite: a row without any key stays free of NaN."""
@@ -42,16 +44,60 @@ class Attention(nnx.Module):
     @jax.named_scope("attention_project")
     def project(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
         """Rotated queries [b,t,n,h] and keys [b,t,k,h], and scaled values [b,t,k,v]."""
-        config = self.config
-        weight = decoded(self.qkv, self.qkv_scale, x, config.scale_unit)
+        return self.split(self.fused(x), positions)
+
+    def fused(self, x: Float[Array, "b t d"]) -> Float[Array, "b t k rows"]:
+        """Each group's queries, its key and its value, side by side as they are projected."""
+        weight = decoded(self.qkv, self.qkv_scale, x, self.config.scale_unit)
         groups, rows, _ = weight.shape
-        fused = linear(x, weight.reshape(groups * rows, -1)).reshape(*x.shape[:2], groups, rows)
-        split = rows - config.head_dim - config.v_head_dim
+        return linear(x, weight.reshape(groups * rows, -1)).reshape(*x.shape[:2], groups, rows)
+
+    def split(self, fused: Float[Array, "b t k rows"], positions: Int32[Array, "b t"]):
+        """What `project` returns, of the product."""
+        config = self.config
+        split = fused.shape[-1] - config.head_dim - config.v_head_dim
         q, k, v = jnp.split(fused, [split, split + config.head_dim], axis=-1)
-        q = q.reshape(*x.shape[:2], -1, config.head_dim)
+        q = q.reshape(*fused.shape[:2], -1, config.head_dim)
         v = v * jnp.asarray(config.value_scale, v.dtype)
         q, k = (rope(y, positions, config.rope_theta, config.rotary_dim) for y in (q, k))
         return q, k, v
+
+    @jax.named_scope("attend_cached")
+    def attend_cached(
+        self,
+        fused: Float[Array, "b t k rows"],
+        positions: Int32[Array, "b t"],
+        live: Bool[Array, "b t"],
+        cache: kv.LayerCache,
+    ) -> tuple[kv.LayerCache, Float[Array, "b t n v"]]:
+        """Adds a block's live rows to the cache; its queries attend to them and to those before.
+
+        In programs for a GPU that is a kernel, from the product on, where the block fits one.
+        """
+        config, start = self.config, positions[:, 0]
+        sink = None if self.sink is None else self.sink[...]
+
+        def elsewhere(fused, cos, sin, keys, values, start, count, sink):
+            q, k, v = self.split(fused, positions)
+            cache = kv.LayerCache(keys, values)
+            cache, keys, values, places = kv.extend(cache, k, v, start, live, config.window)
+            heads = attend(q, keys, values, causal(positions, places, config.window), sink)
+            return heads, cache.keys, cache.values
+
+        count = live.sum(axis=-1, dtype=jnp.int32)
+        angles = rotary_angles(positions, config.rope_theta, config.rotary_dim)
+        arguments = fused, *angles, cache.keys, cache.values, start, count
+        if fused.shape[1] > cache.size - (config.window or 1) + 1:
+            heads, *written = elsewhere(*arguments, sink)
+        else:
+            heads, *written = block_attention(
+                *arguments,
+                window=config.window,
+                sink=sink,
+                value_scale=config.value_scale,
+                elsewhere=elsewhere,
+            )
+        return kv.LayerCache(*written), heads
 
     @jax.named_scope("attention_output")
     def combine(self, heads: Float[Array, "b t n v"], parallel: Parallel) -> Float[Array, "b t d"]:

@@ -1,5 +1,6 @@
 """The pieces that target and drafter share: products, RMS norm, rotary embedding, dense MLP."""
 
+import math
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, constant, normal, param
+from pallas_kernels import linear as kernels
 
 INIT_SCALE = 0.02
 
@@ -48,6 +50,61 @@ def _product(axes: str, x: Array, y: Array) -> Array:
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
+def few_token_linear(
+    x: Float[Array, "b t i"],
+    weight: Shaped[Array, "*lead i"],
+    scale: Float[Array, "*lead tiles"] | None = None,
+    *,
+    unit: int = fp8.TILE,
+    norm: "RMSNorm | None" = None,
+    residual: Float[Array, "b t o"] | None = None,
+    ahead: nnx.Param | None = None,
+    dtype=None,
+) -> Float[Array, "b t o"]:
+    """residual + norm(x) @ weight^T, for the few rows of a decoded block.
+
+    In programs for a Hopper GPU that is one kernel, which streams the weights as they are stored;
+    elsewhere, and for more rows or other types, XLA's own products.
+
+    Args:
+      x: rows.
+      weight: values, or FP8 codes with `scale`; all but the last dimension are outputs.
+      scale: for `unit` rows and 128 columns each.
+      unit: rows that share a scale.
+      norm: of x.
+      residual: added to the product.
+      ahead: weights that a later kernel reads, brought nearer meanwhile.
+      dtype: of the result; by default x's.
+    """
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    weight = weight.reshape(-1, weight.shape[-1])
+    scale = None if scale is None else scale.reshape(-1, scale.shape[-1])
+    epsilon = 0.0 if norm is None else norm.epsilon
+
+    def elsewhere(x, weight, scale, norm, residual):
+        x = x if norm is None else rms_norm(x, norm, epsilon)
+        weight = weight if scale is None else decoded_near(weight, scale, x, unit)
+        y = linear(x, weight, dtype)
+        return y if residual is None else residual + y
+
+    norm = None if norm is None else norm.weight[...]
+    if _fits(x, weight, scale, unit, residual):
+        rows = x.reshape(-1, x.shape[-1])
+        flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        ahead = None if ahead is None else ahead[...]
+        options = dict(norm=norm, epsilon=epsilon, residual=flat, ahead=ahead, out_dtype=dtype)
+        y = kernels.linear(rows, weight, scale, **options, elsewhere=elsewhere)
+        return y.reshape(*x.shape[:-1], -1)
+    return elsewhere(x, weight, scale, norm, residual)
+
+
+def _fits(x, weight, scale, unit, residual) -> bool:
+    """Whether the kernel may be asked; what it takes besides, it knows itself."""
+    few = math.prod(x.shape[:-1]) <= kernels.MOST_TOKENS and x.dtype == jnp.bfloat16
+    tiles = scale is None or (unit in kernels.UNITS and weight.shape[0] % unit == 0)
+    return few and tiles and (residual is None or residual.dtype == jnp.bfloat16)
+
+
 @jax.named_scope("norm")
 def rms_norm(
     x: Float[Array, "*rows d"], weight: Float[Array, "d"], epsilon: float
@@ -58,13 +115,20 @@ def rms_norm(
     return (wide * scale).astype(x.dtype) * weight
 
 
+def rotary_angles(
+    positions: Int32[Array, "b t"], theta: float, rotary: int
+) -> tuple[Float[Array, "b t r"], Float[Array, "b t r"]]:
+    """Cosines and sines for `rope`, one for each pair."""
+    frequencies = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rope(
     x: Float[Array, "b t n h"], positions: Int32[Array, "b t"], theta: float, rotary: int
 ) -> Float[Array, "b t n h"]:
     """Rotates the first `rotary` of h dimensions, in pairs (i, i + rotary/2); the others pass."""
-    frequencies = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = (x[:, :, None] for x in rotary_angles(positions, theta, rotary))
     first, second = jnp.split(x[..., :rotary].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary:]], axis=-1)
@@ -93,11 +157,14 @@ def decoded(
       x: what the weight will be multiplied with.
       unit: rows that share a scale.
     """
-    if scale is None:
-        return weight[...]
+    return weight[...] if scale is None else decoded_near(weight[...], scale[...], x, unit)
+
+
+def decoded_near(codes, scales, x, unit: int):
+    """Decoded FP8, inside the loop that x is of."""
     # Bound to x, decoding stays inside the loop: XLA would move it out, once and for all, and the
     # decoded weights would be held besides the codes.
-    codes, scales, _ = lax.optimization_barrier((weight[...], scale[...], x))
+    codes, scales, _ = lax.optimization_barrier((codes, scales, x))
     return fp8.decode(codes, scales, unit, x.dtype)
 
 
@@ -137,6 +204,24 @@ class DenseMLP(nnx.Module):
         self.gate_up_scale = tile_scales(rngs, (2, tiles_f, tiles_d), up_axes, quantized)
         self.down = param(rngs, (d, f), down_axes, dtype, init)
         self.down_scale = tile_scales(rngs, (tiles_d, tiles_f), down_axes, quantized)
+
+    @jax.named_scope("dense_mlp")
+    def decode(self, h: Float[Array, "b t d"], norm: RMSNorm, parallel: Parallel, ahead=None):
+        """h + down(silu(gate x) * up x) with x = norm(h), for the few rows of a decoded block."""
+        scale = None if self.gate_up_scale is None else self.gate_up_scale[...]
+        # In whole tiles, gate and up are one matrix; else XLA decodes them one by one.
+        if scale is not None and self.gate_up.shape[1] % fp8.TILE:
+            return h + self(norm(h), parallel)
+        both = few_token_linear(h, self.gate_up[...], scale, norm=norm, ahead=self.down)
+        gate, up = jnp.split(both, 2, axis=-1)
+        scale = None if self.down_scale is None else self.down_scale[...]
+        hidden = jax.nn.silu(gate) * up
+        return parallel.add(
+            h,
+            lambda residual: few_token_linear(
+                hidden, self.down[...], scale, residual=residual, ahead=ahead
+            ),
+        )
 
     @jax.named_scope("dense_mlp")
     def __call__(self, x: Float[Array, "b t d"], parallel: Parallel) -> Float[Array, "b t d"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax import cache as kv
 from mimo_jax.config import ModelConfig
-from mimo_jax.model.attention import Attention, attend, causal
+from mimo_jax.model.attention import Attention
 from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear
 from mimo_jax.model.moe import MoE
 from mimo_jax.model.prefill_attention import MOST_DECODED, attend_chunk
@@ -45,17 +45,20 @@ class Block(nnx.Module):
     def __call__(self, h, positions, live, cache: kv.LayerCache, parallel: Parallel):
         """A block of tokens against the cache; returns the residual stream and the cache."""
         attention = self.attention
-        q, k, v = attention.project(self.input_norm(h), positions)
-        window = attention.config.window
-        sink = _value(attention.sink)
-        if q.shape[1] > MOST_DECODED:
+        if h.shape[1] > MOST_DECODED:
+            q, k, v = attention.project(self.input_norm(h), positions)
+            window, sink = attention.config.window, _value(attention.sink)
             cache, heads = attend_chunk(q, k, v, cache, positions[:, 0], live, window, sink)
         else:
-            cache, keys, values, places = kv.extend(cache, k, v, positions[:, 0], live, window)
-            heads = attend(q, keys, values, causal(positions, places, window), sink)
-        h = h + attention.combine(heads, parallel)
-        x = self.post_norm(h)
-        return h + (self.ffn(x, live, parallel) if self.sparse else self.ffn(x, parallel)), cache
+            fused = attention.fused(self.input_norm(h))
+            cache, heads = attention.attend_cached(fused, positions, live, cache)
+        update = attention.combine(heads, parallel)
+        if self.sparse:
+            h, y = self.ffn.after(h, update, self.post_norm, live, parallel)
+        else:
+            h = h + update
+            y = self.ffn(self.post_norm(h), parallel)
+        return h + y, cache
 
     def sequence(self, h, feed_forward: Callable, implementation: str = "blocks"):
         """Whole sequences without a cache.

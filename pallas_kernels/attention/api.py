@@ -94,7 +94,7 @@ def block_attention(
     sink: Float[Array, "n"] | None = None,
     value_scale: float = 1.0,
     implementation: str = "auto",
-    fallback: Callable | None = None,
+    elsewhere: Callable | None = None,
 ) -> tuple[Float[Array, "b t n v"], Float[Array, "b k s h"], Float[Array, "b k s v"]]:
     """`decode_attention` from the projection on: rotates, adds the block to the cache, attends.
 
@@ -115,8 +115,9 @@ def block_attention(
       sink: as in `decode_attention`.
       value_scale: of the block's values; rounded to their type.
       implementation: as in `decode_attention`.
-      fallback: what "auto" runs instead of the reference: a function of `qkv`, `cos`, `sin`,
-        `keys`, `values`, `start`, `live` and `sink`.
+      elsewhere: with "auto", what takes the reference's place: a function of `qkv`, `cos`, `sin`,
+        `keys`, `values`, `start`, `live` and `sink`. A model has a way of its own, whose bits it
+        keeps where there is no kernel.
 
     Returns:
       what `decode_attention` does, and keys and values with the block's.
@@ -128,8 +129,8 @@ def block_attention(
     _check_block(qkv, cos, sin, keys, values, start, live, window, sink)
     options = dict(window=window, value_scale=float(value_scale))
     reference = functools.partial(block_attention_reference, **options)
-    if implementation == "auto" and fallback is not None:
-        reference = fallback
+    if implementation == "auto" and elsewhere is not None:
+        reference = elsewhere
     refusal = _misfit((qkv, keys, values), qkv.shape[1]) or kernel_absence()
     if refusal is None:
         from pallas_kernels.attention.mosaic_gpu import block_shape_of

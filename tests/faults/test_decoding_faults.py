@@ -8,10 +8,10 @@ from decode.test_lossless import COMBINATIONS, build, check_combination
 
 from mimo_jax import cache
 from mimo_jax.decode import loop
-from mimo_jax.model import mimo
+from mimo_jax.model import attention
 
 CHOOSE, ACCEPT, COMMIT = loop.choose, loop.accept, loop._commit
-CAUSAL, EXTEND = mimo.causal, cache.extend
+CAUSAL, EXTEND = attention.causal, cache.extend
 NUMBER = 2
 BLOCK = COMBINATIONS[NUMBER][3]
 
@@ -75,7 +75,7 @@ def block_seen_both_ways(monkeypatch):
         near = True if window is None else places[:, None] > positions[:, :, None] - window
         return CAUSAL(last, places, None) & near
 
-    monkeypatch.setattr(mimo, "causal", causal)
+    monkeypatch.setattr(attention, "causal", causal)
 
 
 def rollback_forgotten(monkeypatch):
