@@ -1,10 +1,10 @@
-"""Prefill attention for Hopper: one thread block for 128 query rows, scores in registers alone.
+"""Prefill attention for Hopper: a thread block for 128 query rows, scores in registers alone.
 
 Query rows of a key/value head are stacked token by token, all heads of a token together: a block
 of 128 rows is few tokens (8 of 16 heads), so that it reads hardly more keys than a token sees, and
 each tile once for all its heads. One warpgroup copies tiles of keys and values to a ring in shared
 memory; two multiply, 64 rows each, and take turns: one uses the tensor cores while the other
-softens its scores (as in FlashAttention-3, arXiv 2407.08608).
+softens its scores (as in FlashAttention-3, arXiv 2407.08608). Or three multiply, without turns.
 """
 
 import dataclasses
@@ -23,13 +23,10 @@ LEAST = -1e25
 """Greatest score of nothing: far above a masked score, whose weight is therefore exactly 0."""
 ROWS = 64
 """Query rows of a warpgroup."""
-WARPGROUPS = 2
-"""That multiply."""
-BLOCK = ROWS * WARPGROUPS
 _SHARED_BYTES = 224 * 1024
 _MOST_STAGES = 6
-_PRODUCER_REGISTERS = 40
-_CONSUMER_REGISTERS = 232
+_REGISTERS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}
+"""Of a thread that copies and one that multiplies, by the number of warpgroups that do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +36,18 @@ class Launch:
     Attributes:
       tile: keys of a stage; None: 128, or 64 for short windows. It changes bits, nothing else does.
       stages: tiles in shared memory; None: what fits, at most 6.
-      turns: the warpgroups take turns at the tensor cores.
+      turns: two warpgroups take turns at the tensor cores.
+      warpgroups: that multiply, up to 3: more share a tile, each with fewer registers.
     """
 
     tile: int | None = None
     stages: int | None = None
     turns: bool = True
+    warpgroups: int = 2
+
+    def __post_init__(self):
+        if self.warpgroups not in _REGISTERS or (self.turns and self.warpgroups != 2):
+            raise ValueError(f"{self.warpgroups} warpgroups, turns={self.turns}: two take turns.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +71,19 @@ class Prefill:
         return self.n // self.k
 
     @property
+    def block(self) -> int:
+        """Query rows of a thread block."""
+        return ROWS * self.launch.warpgroups
+
+    @property
     def row_blocks(self) -> int:
         """Thread blocks of a sequence's key/value head."""
-        return -(-self.t * self.group // BLOCK)
+        return -(-self.t * self.group // self.block)
 
     @property
     def rows(self) -> int:
         """Query rows of a key/value head, padded."""
-        return self.row_blocks * BLOCK
+        return self.row_blocks * self.block
 
     @property
     def tile(self) -> int:
@@ -86,7 +94,7 @@ class Prefill:
     @property
     def stages(self) -> int:
         """Tiles in shared memory."""
-        fit = (_SHARED_BYTES - BLOCK * self.h * 2) // (self.tile * (self.h + self.v) * 2)
+        fit = (_SHARED_BYTES - self.block * self.h * 2) // (self.tile * (self.h + self.v) * 2)
         return self.launch.stages or min(_MOST_STAGES, fit)
 
     def misfit(self) -> str | None:
@@ -95,6 +103,8 @@ class Prefill:
             return (
                 f"heads of {self.h} and {self.v}; they must be multiples of 16, at most 256 and 128"
             )
+        if self.stages < max(2, self.launch.warpgroups):
+            return f"heads of {self.h} and {self.v} in tiles of {self.tile}: too few fit"
         if self.s % 8:
             return f"keys of {self.s} rows; the copy engine takes multiples of 8"
         return None
@@ -106,8 +116,8 @@ class Prefill:
         sequence, kv = lax.axis_index("sequence"), lax.axis_index("kv")
         block = self.row_blocks - 1 - lax.axis_index("block")
         start, live, first = (refs[name][sequence] for name in ("start", "live", "first"))
-        row = block * BLOCK
-        one, last = lax.div(row, self.group), lax.div(row + (BLOCK - 1), self.group)
+        row = block * self.block
+        one, last = lax.div(row, self.group), lax.div(row + (self.block - 1), self.group)
         last = jnp.minimum(last, live - 1)
         # From here on in rows of keys: query token i lies at row `base` + i.
         base, low, begin = start - first, jnp.int32(0), jnp.int32(0)
@@ -154,7 +164,8 @@ class Prefill:
         plgpu.copy_gmem_to_smem(refs["q"].at[where], refs["q_held"].at[me], refs["q_full"].at[me])
         plgpu.barrier_wait(refs["q_full"].at[me])
         out = self.finish(refs, work, row, self.fold(refs, work, row, me))
-        # No stage is in use any more but the last one, by the other warpgroup if this is the first.
+        # No stage is in use any more; by turns the last one may be, by the second warpgroup, and
+        # the first does not take that.
         stage = lax.rem(work.end - work.begin + self.stages - me, self.stages)
         shown = refs["values_ring"].at[stage, pl.ds(0, ROWS)]
         shown[...] = out.astype(jnp.bfloat16)
@@ -179,12 +190,12 @@ class Prefill:
         else:
             # Hardly a tile of a short window is seen whole.
             carry = lax.fori_loop(work.begin, work.end, masked, carry)
-        # The first one thus waits until the other has only its last product to do.
+        # By turns the first one thus waits until the other has only its last product to do.
         pl.when((me == 0) | (not turns))(meet)
         return carry
 
     def meet(self, refs):
-        """Waits for the other warpgroup."""
+        """Waits for the other warpgroups."""
         plgpu.barrier_arrive(refs["turn"])
         plgpu.barrier_wait(refs["turn"])
 
@@ -275,16 +286,17 @@ class Prefill:
 
     def run(self, refs):
         """Each warpgroup takes its role and its registers."""
-        me = lax.axis_index("wg")
+        me, count = lax.axis_index("wg"), self.launch.warpgroups
+        few, many = _REGISTERS[count]
 
-        @pl.when(me == WARPGROUPS)
+        @pl.when(me == count)
         def _():
-            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+            plgpu.set_max_registers(few, action="decrease")
             self.produce(refs)
 
-        @pl.when(me < WARPGROUPS)
+        @pl.when(me < count)
         def _():
-            plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+            plgpu.set_max_registers(many, action="increase")
             self.consume(refs)
 
     def call(self, q, keys, values, start, live, first, sink):
@@ -304,13 +316,15 @@ class Prefill:
         """
         inputs = dict(q=q, keys=keys, values=values, start=start, live=live, first=first, sink=sink)
 
+        count = self.launch.warpgroups
+
         def body(*given, **scratch):
             self.run(dict(zip((*inputs, "out"), given, strict=True)) | scratch)
 
-        def held(count, rows, columns):
-            wide = _swizzle(columns)
+        def held(*dims):
+            wide = _swizzle(dims[-1])
             transforms = plgpu.TilingTransform((8, wide // 2)), plgpu.SwizzleTransform(wide)
-            return plgpu.SMEM((count, rows, columns), jnp.bfloat16, transforms=transforms)
+            return plgpu.SMEM(dims, jnp.bfloat16, transforms=transforms)
 
         def barriers(arrivals=1):
             return plgpu.Barrier(num_barriers=self.stages, num_arrivals=arrivals)
@@ -320,18 +334,18 @@ class Prefill:
             out_type=jax.ShapeDtypeStruct((self.b, self.k, self.rows, self.v), jnp.bfloat16),
             grid=(self.row_blocks, self.k, self.b),
             grid_names=("block", "kv", "sequence"),
-            num_threads=WARPGROUPS + 1,
+            num_threads=count + 1,
             thread_name="wg",
             scratch_types=dict(
-                q_held=held(WARPGROUPS, ROWS, self.h),
+                q_held=held(count, ROWS, self.h),
                 keys_ring=held(self.stages, self.tile, self.h),
                 values_ring=held(self.stages, self.tile, self.v),
-                q_full=plgpu.Barrier(num_barriers=WARPGROUPS),
+                q_full=plgpu.Barrier(num_barriers=count),
                 keys_full=barriers(),
                 values_full=barriers(),
-                keys_empty=barriers(WARPGROUPS),
-                values_empty=barriers(WARPGROUPS),
-                turn=plgpu.Barrier(num_arrivals=WARPGROUPS),
+                keys_empty=barriers(count),
+                values_empty=barriers(count),
+                turn=plgpu.Barrier(num_arrivals=count),
             ),
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name="prefill_attention",

@@ -10,9 +10,10 @@ from mimo_jax.cache import LayerCache
 from mimo_jax.model.prefill_attention import attend_chunk
 from pallas_kernels.attention.shapes import SHAPES
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention.mosaic_gpu import Launch, prefill_attention_mosaic
 
 
-def kernel(name: str, t: int, rows: int, b: int = 1) -> Case:
+def kernel(name: str, t: int, rows: int, b: int = 1, launch: Launch | None = None) -> Case:
     """The kernel by itself."""
     shape = SHAPES[name]
     kind = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -28,6 +29,9 @@ def kernel(name: str, t: int, rows: int, b: int = 1) -> Case:
     )
 
     def run(q, keys, values, start, live, first, sink):
+        if launch is not None:
+            arguments = q, keys, values, start, live, first, sink
+            return prefill_attention_mosaic(*arguments, window=shape.window, launch=launch)
         options = dict(first=first, window=shape.window, sink=sink)
         given = q, keys, values, start, live
         return prefill_attention(*given, **options, implementation="mosaic_gpu")
@@ -38,6 +42,12 @@ def kernel(name: str, t: int, rows: int, b: int = 1) -> Case:
 def full_pro(mesh) -> Case:
     """A rank of eight, 256 K positions and a block of slack that no tile divides."""
     return kernel("pro-tp8-full", 2048, (1 << 18) + 8)
+
+
+def full_pro_3(mesh) -> Case:
+    """Three warpgroups multiply."""
+    launch = Launch(tile=64, turns=False, warpgroups=3)
+    return kernel("pro-tp8-full", 2048, (1 << 18) + 8, launch=launch)
 
 
 def window_pro(mesh) -> Case:

@@ -20,6 +20,12 @@ def test_a_chunk_is_one_launch_without_spills(case):
     assert found.launches == 1
 
 
+def test_three_warpgroups_hardly_spill():
+    """A way to launch that benchmarks try; a few words."""
+    found = report("prefill_cases_h200:full_pro_3")
+    assert found.launches == 1 and found.kernels[0].spilled_bytes <= 128
+
+
 def test_a_key_value_heads_stack_is_not_copied():
     """One key/value head a rank: what is in memory besides are the rows' sinks."""
     assert report("prefill_cases_h200:full_pro").temporaries < 1 << 20

@@ -60,6 +60,14 @@ def test_without_sinks_and_turns(rng):
     assert distance(out, oracle(**arguments, window=None)) < TOLERANCE
 
 
+def test_three_warpgroups_give_the_bits_of_two(rng):
+    case = dict(CASES["full"], t=26, live=(26, 9))
+    arguments = make(rng, **case)
+    out = [interpret(shape_for(case, turns=False, warpgroups=count), arguments) for count in (2, 3)]
+    for i, live in enumerate(case["live"]):
+        np.testing.assert_array_equal(out[0][i, :live], out[1][i, :live])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 128])
 def test_a_rank_of_the_large_model(window, rng):
@@ -98,6 +106,7 @@ def test_tiles_and_stages_are_what_fits():
         (dict(h=40), "heads of 40 and 32"),
         (dict(v=144), "heads of 48 and 144"),
         (dict(s=100), "multiples of 8"),
+        (dict(h=256, v=128, launch=Launch(tile=128)), "too few fit"),
     ],
 )
 def test_what_the_kernel_cannot_take(change, what):
