@@ -37,8 +37,6 @@ def main(options: argparse.Namespace) -> int:
     """Runs the benchmark and prints its table and its JSON line."""
     signal.signal(signal.SIGALRM, _over)
     signal.alarm(options.total_s)
-    # NVLink multicast can put a host that others share out of service.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
     jobs = _jobs(options)
@@ -109,7 +107,7 @@ def read(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints tables of checks and times."""
-    columns = ("devices", "same_bits", "exchanges", "s", "error")
+    columns = ("devices", "way", "same_bits", "exchanges", "s", "error")
     rows = [[row.get(k, "") for k in columns] for row in result["check"]]
     if rows:
         print_table("Checks", columns, rows)

@@ -1,6 +1,7 @@
 """Jobs of `mimo bench sums`: sums over GPUs by mail and by XLA, right in every bit, and timed."""
 
 import functools
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,9 @@ from mimo_jax.sharding import AXIS, Parallel, make_mesh
 from pallas_kernels.all_sum import all_sum, open_mail
 from pallas_kernels.all_sum.shapes import SHAPES
 
+# NVLink multicast can put a host that others share out of service.
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
 UNROLLED = 8
 """Exchanges in a round of a timed loop."""
 ROUNDS = (100, 600)
@@ -27,6 +31,7 @@ EXCHANGES = 4
 """In a round of `exact_rounds`."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "mail": GPU_OPTIONS,
+    "mail-host": {},
     "psum": GPU_OPTIONS,
     "nccl": GPU_OPTIONS
     | {
@@ -37,7 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_gpu_experimental_use_collective_kernels": "",
     },
 }
-"""Ways to add: by mail; XLA's choice, which the host launches; NCCL in the graph."""
+"""Ways to add: by mail; so in a loop that the host runs; XLA's choice, which the host launches;
+NCCL in the graph."""
 
 
 def jobs(check: bool, timed: bool, counts: list[int] | None = None) -> list[dict[str, Any]]:
@@ -45,9 +51,15 @@ def jobs(check: bool, timed: bool, counts: list[int] | None = None) -> list[dict
     counts = counts or [n for n in (2, 4, 8) if n <= jax.device_count()]
     found = []
     if check:
-        found += [{"job": "sums-check", "devices": n} for n in counts]
+        # Without a graph first: what fails there is not the graph's fault.
+        found += [
+            {"job": "sums-check", "devices": n, "way": way}
+            for n in counts
+            for way in ("mail-host", "mail")
+        ]
     if timed:
-        ways = {"mail": SHAPES, "psum": ["pro", "pro-1", "nano"], "nccl": ["pro"]}
+        few = ["pro", "pro-1", "nano"]
+        ways = {"mail": SHAPES, "psum": few, "mail-host": ["pro"], "nccl": ["pro", "nano"]}
         found += [
             {"job": "sums-time", "devices": n, "shape": name, "way": way}
             for way, names in ways.items()
@@ -59,18 +71,28 @@ def jobs(check: bool, timed: bool, counts: list[int] | None = None) -> list[dict
 
 
 def do(rng: np.random.Generator, job: dict[str, Any], held: dict) -> Iterator[dict[str, Any]]:
-    """Does a job, a result at a time."""
+    """Does a job, a result at a time; after an error of the GPUs the process is of no more use."""
     del held
+    try:
+        yield from _do(rng, job)
+    except jax.errors.JaxRuntimeError as error:
+        yield {**job, "error": repr(error)[:400]}
+        os._exit(1)
+
+
+def _do(rng: np.random.Generator, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     mesh = make_mesh(job["devices"])
     if job["job"] == "sums-check":
-        yield {"devices": job["devices"], "same_bits": same_bits(rng, mesh)}
-        seconds = exact_rounds(rng, mesh, 2500)
-        yield {"devices": job["devices"], "exchanges": EXCHANGES * 2500, "s": round(seconds, 2)}
+        way, rounds = job["way"], 2500 if job["way"] == "mail" else 250
+        known = {"devices": job["devices"], "way": way}
+        yield {**known, "same_bits": same_bits(rng, mesh, way)}
+        seconds = exact_rounds(rng, mesh, rounds, way=way)
+        yield {**known, "exchanges": EXCHANGES * rounds, "s": round(seconds, 2)}
     else:
         yield {**{k: job[k] for k in ("devices", "shape", "way")}, **timed(rng, mesh, job)}
 
 
-def over(mesh: Mesh, function, options=GPU_OPTIONS):
+def over(mesh: Mesh, function, way: str):
     """Jits function(a device's parts) over a mesh; parts and results have the devices in front."""
 
     def part(*arguments):
@@ -78,10 +100,10 @@ def over(mesh: Mesh, function, options=GPU_OPTIONS):
 
     sharded = jax.shard_map(part, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
     on_gpu = mesh.devices.flat[0].platform == "gpu"
-    return jax.jit(sharded, compiler_options=options if on_gpu else None)
+    return jax.jit(sharded, compiler_options=OPTIONS[way] if on_gpu else None)
 
 
-def same_bits(rng: np.random.Generator, mesh: Mesh) -> int:
+def same_bits(rng: np.random.Generator, mesh: Mesh, way: str = "mail") -> int:
     """Compares sums of random floats of all shapes with numpy's, rank after rank.
 
     Returns:
@@ -103,14 +125,16 @@ def same_bits(rng: np.random.Generator, mesh: Mesh) -> int:
         rng.standard_normal((mesh.size, *s.shape)).astype(jnp.dtype(s.dtype))
         for s in floats.values()
     ]
-    for name, x, y in zip(floats, arrays, over(mesh, run)(*arrays), strict=True):
+    for name, x, y in zip(floats, arrays, over(mesh, run, way)(*arrays), strict=True):
         total = functools.reduce(np.add, list(x.astype(np.float32))).astype(x.dtype)
         for rank in range(mesh.size):
             np.testing.assert_array_equal(np.asarray(y[rank]), total, f"{name}, rank {rank}")
     return len(floats)
 
 
-def exact_rounds(rng: np.random.Generator, mesh: Mesh, rounds: int, d: int = 512) -> float:
+def exact_rounds(
+    rng: np.random.Generator, mesh: Mesh, rounds: int, d: int = 512, way: str = "mail"
+) -> float:
     """Many exchanges in a loop, each of the result of the last, while devices idle at random.
 
     Returns:
@@ -122,7 +146,7 @@ def exact_rounds(rng: np.random.Generator, mesh: Mesh, rounds: int, d: int = 512
     start = rng.integers(0, PRIME, (mesh.size, 8, d)).astype(np.int32)
     # Mostly none, sometimes long; each device its own.
     idle = (rng.random((mesh.size, rounds)) < 0.3) * rng.integers(0, 40, (mesh.size, rounds))
-    program = exact_program(mesh).lower(start, idle.astype(np.int32)).compile()
+    program = exact_program(mesh, way).lower(start, idle.astype(np.int32)).compile()
     begun = time.perf_counter()
     found = np.asarray(jax.block_until_ready(program(start, idle.astype(np.int32))))
     seconds = time.perf_counter() - begun
@@ -130,7 +154,7 @@ def exact_rounds(rng: np.random.Generator, mesh: Mesh, rounds: int, d: int = 512
     return seconds
 
 
-def exact_program(mesh: Mesh):
+def exact_program(mesh: Mesh, way: str = "mail"):
     """A jitted function of whole numbers, and of how long each device idles in each round."""
 
     def run(x, delays):
@@ -147,7 +171,7 @@ def exact_program(mesh: Mesh):
 
         return lax.fori_loop(0, delays.size, body, (x, jnp.ones(256)))[0]
 
-    return over(mesh, run)
+    return over(mesh, run, way)
 
 
 def _mix(x, own, add, gather):
@@ -186,7 +210,7 @@ def sums_in_a_loop(mesh: Mesh, way: str):
     """A jitted function of arrays and numbers of rounds, whose numbers grow beyond all bounds."""
 
     def run(x, rounds):
-        parallel = Parallel(AXIS).with_mail() if way == "mail" else Parallel(AXIS)
+        parallel = Parallel(AXIS).with_mail() if way.startswith("mail") else Parallel(AXIS)
 
         def body(_, x):
             for _ in range(UNROLLED):
@@ -195,7 +219,7 @@ def sums_in_a_loop(mesh: Mesh, way: str):
 
         return lax.fori_loop(0, rounds, body, x)
 
-    return over(mesh, run, OPTIONS[way])
+    return over(mesh, run, way)
 
 
 def _seconds(program, x, rounds) -> float:

@@ -40,9 +40,10 @@ def test_the_check_finds_one_wrong_number(rng, monkeypatch):
 def test_jobs_are_plain_and_the_riskiest_are_last():
     jobs = sums_jobs.jobs(True, True, [2, 4])
     assert json.loads(json.dumps(jobs)) == jobs
-    assert [job["job"] for job in jobs[:2]] == ["sums-check"] * 2
-    assert [job["way"] for job in jobs[-2:]] == ["nccl", "nccl"]
-    assert {job["way"] for job in jobs[2:]} == {"mail", "psum", "nccl"}
+    assert [job["job"] for job in jobs[:4]] == ["sums-check"] * 4
+    assert [job["way"] for job in jobs[:2]] == ["mail-host", "mail"]
+    assert [job["way"] for job in jobs[-4:]] == ["nccl"] * 4
+    assert {job["way"] for job in jobs} == set(sums_jobs.OPTIONS)
 
 
 def test_a_time_is_measured(rng):

@@ -3,7 +3,6 @@
 Eight GPUs of one host are meant; four or two do.
 """
 
-import os
 from pathlib import Path
 
 import jax
@@ -14,9 +13,6 @@ import mimo_jax
 from mimo_jax.bench import sums_jobs
 from mimo_jax.sharding import make_mesh
 from pallas_kernels.expert_ffn import kernel_absence
-
-# NVLink multicast can put a host that others share out of service.
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 pytestmark = [
     pytest.mark.gpu8(least=2),
