@@ -7,10 +7,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.config import ModelConfig
-from mimo_jax.model.layers import INIT_SCALE
+from mimo_jax.model.layers import INIT_SCALE, RMSNorm
 from mimo_jax.sharding import Parallel, constant, normal, param
 from pallas_kernels.expert_ffn import ExpertWeights, KernelWeights, expert_ffn, pack_experts
 from pallas_kernels.mxfp4 import BLOCK
+from pallas_kernels.router import MOST_TOKENS, route
+
+ROUTER_WORD = 16
+"""Of the words that the expert kernel keeps, one that it does not use: the router's kernel counts
+there. Like all of them it is zero before and after each launch."""
 
 
 class Router(nnx.Module):
@@ -121,12 +126,60 @@ class MoE(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Returns the sum over all devices; dead rows choose no expert and get zeros."""
         rows = x.reshape(-1, x.shape[-1])
-        weights = self.experts.weights
         ids, routing = self.router(rows)
-        if parallel.experts:
-            # Ids of other devices' experts fall outside [0, e) here: dead choices.
-            ids = ids - parallel.index * weights.gate_up.shape[0]
         ids = jnp.where(live.reshape(-1, 1), ids, -1)
+        return self._mix(rows, ids, routing, parallel).reshape(x.shape)
+
+    def after(
+        self,
+        h: Float[Array, "b t d"],
+        update: Float[Array, "b t d"],
+        norm: RMSNorm,
+        live: Bool[Array, "b t"],
+        parallel: Parallel,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+        """The stream h with an update, and what the experts make of its norm, as `__call__` says.
+
+        In programs for a GPU all up to the experts is a kernel, where a block fits it.
+        """
+        rows, updates = (part.reshape(-1, part.shape[-1]) for part in (h, update))
+        x, ids, routing, stream = self._route(rows, updates, norm, live.reshape(-1))
+        y = self._mix(x, ids, routing, parallel)
+        return stream.reshape(h.shape), y.reshape(h.shape)
+
+    def _route(self, h, update, norm, live):
+        """Normed rows, ids (-1 for dead rows), weights, and the stream."""
+        router, experts = self.router, self.experts
+
+        def elsewhere(h, update, live):
+            h = h + update
+            x = norm(h)
+            ids, routing = router(x)
+            return x, jnp.where(live[:, None], ids, -1), routing, h
+
+        packed = experts.plans is not None
+        if not packed or h.dtype != jnp.bfloat16 or h.shape[0] > MOST_TOKENS:
+            return elsewhere(h, update, live)
+        with jax.named_scope("router"):
+            return route(
+                *(h, norm.weight[...], router.weight[...], router.bias[...]),
+                choices=router.choices,
+                epsilon=norm.epsilon,
+                normalise=router.normalise,
+                scale=router.scale,
+                update=update,
+                live=live,
+                counter=experts.barrier[...],
+                word=ROUTER_WORD,
+                elsewhere=elsewhere,
+            )
+
+    def _mix(self, rows, ids, routing, parallel: Parallel):
+        """The experts' sum over all devices, [t, d]."""
+        weights = self.experts.weights
+        if parallel.experts:
+            # Ids of other devices' experts fall outside [0, e) here, as those of dead rows do.
+            ids = ids - parallel.index * weights.gate_up.shape[0]
         with jax.named_scope("experts"):
-            y = expert_ffn(rows, weights, ids, routing).astype(x.dtype)
-        return parallel.sum(y).reshape(x.shape)
+            y = expert_ffn(rows, weights, ids, routing).astype(rows.dtype)
+        return parallel.sum(y)
