@@ -123,7 +123,7 @@ def check(rng, job: Job):
     """
     shape, length = SHAPES[job["shape"]], job["length"]
     rows = shape.rows(length + 48, 16)
-    sink = jnp.asarray(rng.normal(size=shape.n), jnp.float32) if shape.sink else None
+    sink = jnp.asarray(rng.normal(size=shape.n), jnp.bfloat16) if shape.sink else None
     options = dict(window=shape.window, value_scale=SCALE)
     kernel = functools.partial(block_attention_mosaic, sink=sink, **options)
     poison(1)
@@ -254,7 +254,7 @@ def time_layers(rng, job: Job):
     rows = shape.rows(length, max(t, 8))
     width = (shape.n // shape.k + 1) * shape.h + shape.v
     qkv = jnp.asarray(rng.normal(size=(1, t, shape.k, width)), jnp.bfloat16)
-    sink = jnp.asarray(rng.normal(size=shape.n), jnp.float32) if shape.sink else None
+    sink = jnp.asarray(rng.normal(size=shape.n), jnp.bfloat16) if shape.sink else None
     start = jnp.asarray([length - t], jnp.int32)
     cos, sin = angles(start[:, None] + jnp.arange(t, dtype=jnp.int32), half_of(shape))
     count = 16 if rows < 2048 else 8

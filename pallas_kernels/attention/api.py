@@ -135,7 +135,7 @@ def block_attention(
     if refusal is None:
         from pallas_kernels.attention.mosaic_gpu import block_shape_of
 
-        shape = block_shape_of(qkv, cos, keys, values, window, sink is not None, value_scale)
+        shape = block_shape_of(qkv, cos, keys, values, window, sink, value_scale)
         refusal = _shapeless(shape.misfit())
     arguments = qkv, cos, sin, keys, values, start, live, sink
     return _run("block_attention_mosaic", options, reference, arguments, refusal, implementation)

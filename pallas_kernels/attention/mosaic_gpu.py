@@ -27,7 +27,7 @@ def decode_attention_mosaic(q, keys, values, start, live, sink, *, window, launc
 
 
 def block_shape_of(
-    qkv, cos, keys, values, window, sink: bool, value_scale: float
+    qkv, cos, keys, values, window, sink, value_scale: float
 ) -> ring_block.RingBlock | turn.Turn:
     """The same for a block as it was projected."""
     if window is not None:

@@ -53,6 +53,8 @@ class Ring:
         the values' size, key/value heads, rows of the ring.
       window: positions that a query sees, itself included.
       sink: whether each head has one more logit.
+      sink_bytes: of such a logit: float32, or bfloat16 as models hold it, of an even number of
+        heads. Left as it is, it costs no launch.
     """
 
     b: int
@@ -64,6 +66,7 @@ class Ring:
     s: int
     window: int
     sink: bool
+    sink_bytes: int = dataclasses.field(default=4, kw_only=True)
 
     name = "attention_ring"
     """Of the kernel."""
@@ -279,6 +282,14 @@ class Ring:
             found = m.where(m.const(4 * whole) > q, found, rest)
         return found
 
+    def _logit(self, m, refs, head):
+        """A head's sink."""
+        if self.sink_bytes == 4:
+            return m.as_float(m.load(refs["sink"], head, 4, 1)[0])
+        (word,) = m.load(refs["sink"], head - head % 2, 2, 1)
+        low, high = m.unpack(word)
+        return m.where((head % 2).equals(0), low, high)
+
     def _together(self, m, refs, piece, row, head):
         """Four columns of a row: all shares, each brought to the row's greatest score."""
         tops = [
@@ -289,8 +300,7 @@ class Ring:
             top = m.maximum(top, other)
         total = m.const(0.0)
         if self.sink:
-            (logit,) = m.load(refs["sink"], head, 4, 1)
-            logit = m.as_float(logit) * m.const(LOG2E)
+            logit = self._logit(m, refs, head) * m.const(LOG2E)
             top = m.maximum(top, logit)
             total = m.exp2(logit - top)
         mixed = [m.const(0.0)] * 4
@@ -310,10 +320,15 @@ def columns_of(h: int, c):
     return found + ([(c * 4 + (h - 16), 2)] if h % 32 else [])
 
 
+def bytes_of(sink) -> int:
+    """How a kernel reads sinks."""
+    return 2 if sink is not None and sink.dtype == jnp.bfloat16 and sink.size % 2 == 0 else 4
+
+
 def ring_attention(q, keys, values, start, live, sink, window: int):
     """See `api.decode_attention`; one launch."""
     (b, t, n, h), (k, s), v = q.shape, keys.shape[1:3], values.shape[3]
-    shape = Ring(b, t, n, h, v, k, s, window, sink is not None)
+    shape = Ring(b, t, n, h, v, k, s, window, sink is not None, sink_bytes=bytes_of(sink))
     inputs = dict(q=q, keys=keys, values=values, start=start, live=live)
     return launch(shape, inputs, sink, q.dtype)
 
@@ -321,7 +336,8 @@ def ring_attention(q, keys, values, start, live, sink, window: int):
 def launch(shape: Ring, inputs: dict, sink, dtype):
     """Runs a thread block for each tile of query rows; inputs may be references to write to."""
     if shape.sink:
-        inputs = {**inputs, "sink": sink.astype(jnp.float32)}
+        sink = sink if shape.sink_bytes == 2 else sink.astype(jnp.float32)
+        inputs = {**inputs, "sink": sink}
     names = (*inputs, "out", "sums", "tops", "totals")
 
     def body(*refs):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import rotary
-from pallas_kernels.attention.ring import Ring, columns_of, launch
+from pallas_kernels.attention.ring import Ring, bytes_of, columns_of, launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +127,17 @@ def rounded(scale: float) -> float:
     return float(np.asarray(scale, jnp.bfloat16))
 
 
-def shape_of(qkv, cos, keys, values, window: int, sink: bool, value_scale: float) -> RingBlock:
+def shape_of(qkv, cos, keys, values, window: int, sink, value_scale: float) -> RingBlock:
     """The shapes of a call."""
     (b, k, s, h), v, t = keys.shape, values.shape[3], qkv.shape[1]
     n, half = queries_of(qkv, keys, values), cos.shape[2]
-    return RingBlock(b, t, n, h, v, k, s, window, sink, half, rounded(value_scale))
+    known = b, t, n, h, v, k, s, window, sink is not None, half, rounded(value_scale)
+    return RingBlock(*known, sink_bytes=bytes_of(sink))
 
 
 def ring_block(qkv, cos, sin, keys, values, start, live, sink, window: int, value_scale: float):
     """See `api.block_attention`, for a ring; one launch."""
-    shape = shape_of(qkv, cos, keys, values, window, sink is not None, value_scale)
+    shape = shape_of(qkv, cos, keys, values, window, sink, value_scale)
     # Written in place: the program has no copy of them if the caller's are not used after it.
     held = [jax.new_ref(x) for x in (keys, values)]
     inputs = dict(qkv=qkv, cos=cos, sin=sin, keys=held[0], values=held[1], start=start, live=live)

@@ -101,7 +101,7 @@ def abstract_block(name: str, t: int, half: int, rows: int, b: int = 1):
     number = jax.ShapeDtypeStruct((b,), jnp.int32)
     angles = jax.ShapeDtypeStruct((b, t, half), jnp.float32)
     width = shape.n // shape.k * shape.h + shape.h + shape.v
-    sink = jax.ShapeDtypeStruct((shape.n,), jnp.float32) if shape.sink else None
+    sink = kind((shape.n,)) if shape.sink else None
     cache = tuple(kind((b, shape.k, rows, d)) for d in (shape.h, shape.v))
     return kind((b, t, shape.k, width)), angles, angles, number, number, sink, cache
 

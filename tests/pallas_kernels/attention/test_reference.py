@@ -7,7 +7,8 @@ from attention_cases import cache, distance, history, normal, reference
 
 from mimo_jax.cache import LayerCache
 from mimo_jax.model.attention import attend, causal
-from pallas_kernels.attention import api, decode_attention
+from mimo_jax.model.layers import rope, rotary_angles
+from pallas_kernels.attention import api, block_attention, decode_attention
 from pallas_kernels.attention.chunks import SMALLEST, Chunks
 from pallas_kernels.attention.shapes import SHAPES
 
@@ -47,6 +48,72 @@ def test_rows_that_nobody_sees_may_hold_anything(rng):
     dirty = reference(q, keys.astype(q.dtype), values.astype(q.dtype), start, live, 20, None)
     assert hidden.any(axis=1).all()
     np.testing.assert_array_equal(clean, dirty)
+
+
+def model_block(fused, start, live, cache, window, sink, scale, theta=500.0, rotary=8):
+    """What the model does without the kernel, in steps."""
+    (b, t, _, rows), h, v = fused.shape, cache.keys.shape[3], cache.values.shape[3]
+    place = start[:, None] + jnp.arange(t, dtype=jnp.int32)
+    split = rows - h - v
+    q = rope(fused[..., :split].reshape(b, t, -1, h), place, theta, rotary)
+    k = rope(fused[..., split : split + h], place, theta, rotary)
+    v = fused[..., split + h :] * jnp.asarray(scale, fused.dtype)
+    cache = cache.write(k, v, start, jnp.arange(t, dtype=jnp.int32) < live[:, None])
+    visible = causal(place, cache.positions(start + live), window)
+    heads = attend(q, cache.keys, cache.values, visible, sink)
+    return heads, cache.keys, cache.values, rotary_angles(place, theta, rotary)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_blocks_reference_is_what_the_model_does(window, rng):
+    q, keys, values, start, live = (jnp.asarray(x) for x in make(rng, end=(27, 2)))
+    fused = jnp.asarray(normal(rng, 2, 3, 2, 4 * 16 + 32))
+    sink = jnp.asarray(rng.normal(size=6).astype(np.float32))
+    *wanted, angles = model_block(fused, start, live, LayerCache(keys, values), window, sink, 0.6)
+    options = dict(window=window, sink=sink, value_scale=0.6)
+    found = block_attention(fused, *angles, keys, values, start, live, **options)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert distance(found[0][0], wanted[0][0]) < 5e-3
+    assert distance(found[0][1, :1], wanted[0][1, :1]) < 5e-3
+
+
+def test_auto_takes_what_the_caller_has_instead_on_a_cpu(rng):
+    _, keys, values, start, live = (jnp.asarray(x) for x in make(rng))
+    fused, angles = jnp.zeros((2, 3, 2, 96), keys.dtype), jnp.zeros((2, 3, 4))
+    arguments = fused, angles, angles, keys, values, start, live
+
+    def elsewhere(fused, cos, sin, keys, values, start, live, sink):
+        return jnp.ones((2, 3, 4, 32), fused.dtype), keys, values
+
+    heads, *_ = block_attention(*arguments, elsewhere=elsewhere)
+    assert (heads == 1).all()
+    heads, *_ = block_attention(*arguments, elsewhere=elsewhere, implementation="reference")
+    assert not (heads == 1).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (dict(qkv=(2, 3, 2, 95)), "whole queries"),
+        (dict(qkv=(2, 3, 2, 48)), "whole queries"),
+        (dict(qkv=(2, 3, 1, 96)), "1 key/value heads, the cache 2"),
+        (dict(cos=(2, 3, 9)), "at most 8"),
+        (dict(sin=(2, 1, 4)), "at most 8"),
+        (dict(sink=(5,)), "must be"),
+        (dict(window=28), "a block of 3 needs 30 rows or more; this has 29"),
+    ],
+)
+def test_what_does_not_fit_a_block_is_refused(change, what):
+    shapes = dict(
+        qkv=(2, 3, 2, 96), cos=(2, 3, 4), sin=(2, 3, 4), keys=(2, 2, 29, 16), start=(2,), live=(2,),
+        values=(2, 2, 29, 32),
+    ) | change  # fmt: skip
+    if "cos" in change:
+        shapes["sin"] = shapes["cos"]
+    arrays = {k: v if k == "window" else jnp.zeros(v) for k, v in shapes.items()}
+    with pytest.raises(ValueError, match=what):
+        api._check_block(**{"sink": None, "window": None, **arrays})
 
 
 @pytest.mark.parametrize(

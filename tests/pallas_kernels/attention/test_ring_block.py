@@ -53,9 +53,12 @@ SMALL = dict(b=2, t=5, n=12, h=48, v=32, k=3, s=29, window=24, half=8)
     ],
 )
 def test_matches_the_reference(shape, starts, lives, rng):
-    sink = bool(rng.integers(2))
-    shape = RingBlock(**shape, sink=sink, scale=rounded(SCALE))
-    arguments = make(rng, shape, shape.half, starts, lives, sink)
+    sink = int(rng.integers(3))  # None, in float32, in bfloat16.
+    kind = dict(sink=bool(sink), sink_bytes=2 if sink == 2 else 4)
+    shape = RingBlock(**shape, **kind, scale=rounded(SCALE))
+    arguments = make(rng, shape, shape.half, starts, lives, bool(sink))
+    if sink == 2:
+        arguments = *arguments[:7], arguments[7].astype(BF16)
     found = run(shape, arguments)
     assert wrong(arguments, found, reference(arguments, shape.window, SCALE)) is None
     assert not np.isnan(found[0].astype(np.float32)).any()
