@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec
 from oracles.random_weights import MARGIN
 from tolerances import assert_close
 
-from mimo_jax.model.moe import MoE, Router
+from mimo_jax.model.layers import RMSNorm
+from mimo_jax.model.moe import ROUTER_WORD, MoE, Router
 from mimo_jax.sharding import AXIS, RULES, Parallel, make_mesh, param_specs
 from pallas_kernels.expert_ffn import ExpertWeights, expert_ffn
+from pallas_kernels.expert_ffn.layout import BARRIER_WORDS, CLAIM, DONE, MEET
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -180,6 +182,41 @@ def test_expert_parallel_equals_tensor_parallel(devices, packed, rng):
     assert np.abs(np.asarray(outputs[0])[0]).max() > 1e-3
     for output in outputs[1:]:
         assert_close(output, outputs[0], "float32")
+
+
+@pytest.mark.parametrize("t", [3, 17], ids=["kernel's shape", "too many rows"])
+def test_decoded_rows_are_routed_to_the_same_experts_bit_for_bit(t, rng):
+    """On a CPU: the path that GPUs replace by a kernel is the one that it was."""
+    config = tiny_model(
+        rng, 1, hidden_size=128, moe_intermediate_size=64, n_routed_experts=9, num_experts_per_tok=4
+    )
+    moe = MoE(config, True, jnp.bfloat16, nnx.Rngs(int(rng.integers(2**31))))
+    moe.experts.pack()
+    norm = RMSNorm(128, 1e-5, jnp.bfloat16, nnx.Rngs(0))
+    norm.weight[...] = jnp.asarray(rng.standard_normal(128), jnp.bfloat16)
+    h, update = (jnp.asarray(rng.standard_normal((t, 128)), jnp.bfloat16) for _ in range(2))
+    live = jnp.asarray(np.arange(t) < t - 1)
+    graph, state = nnx.split((moe, norm))
+
+    @jax.jit
+    def routed(state, h, update):
+        moe, norm = nnx.merge(graph, state)
+        return moe._route(h, update, norm, live)
+
+    @jax.jit
+    def plain(state, h, update):
+        moe, norm = nnx.merge(graph, state)
+        h = h + update
+        x = norm(h)
+        ids, weights = moe.router(x)
+        return x, jnp.where(live[:, None], ids, -1), weights, h
+
+    for found, expected in zip(routed(state, h, update), plain(state, h, update), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_routers_kernel_counts_in_a_word_that_the_experts_do_not_use():
+    assert MEET < ROUTER_WORD < CLAIM < DONE < BARRIER_WORDS
 
 
 def test_shapes_that_do_not_fit_are_refused(rng):
