@@ -25,7 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -358,26 +358,45 @@ def read_archive(path: Path) -> list[str]:
         ) from None
 
 
-def build(out: Path, budget: int, offline: bool) -> dict:
+def choose_pins(names: Sequence[str] | None) -> list[str]:
+    """The pins of the training packages of these names; of all without names.
+
+    Raises:
+      MimoError: for a name that no pin has.
+    """
+    pins = {pin.split("==")[0]: pin for pin in TRAINING}
+    unknown = [name for name in names or () if name not in pins]
+    if unknown:
+        raise MimoError(
+            f"No training package {', '.join(unknown)}: choose of mimo_jax/train/corpus_sources.py."
+        )
+    return TRAINING if names is None else [pins[name] for name in names]
+
+
+def build(out: Path, budget: int, offline: bool, names: Sequence[str] | None = None) -> dict:
     """Builds the corpus in a folder; see the module's words.
 
     Args:
       out: the folder; its `archives` keeps the wheels.
       budget: characters of training text before near copies and overlaps are removed.
       offline: use only wheels that are already there.
+      names: of training packages, for a small corpus; all by default.
 
     Returns:
       The manifest.
+
+    Raises:
+      MimoError: for a name that is not known, or a wheel that is not to be had.
     """
-    wheels = out / "archives"
+    wheels, chosen = out / "archives", choose_pins(names)
     if not offline:
-        download(HELD_OUT + TRAINING, wheels)
+        download(HELD_OUT + chosen, wheels)
     hasher = Hasher()
     heldout_read = [read_wheel(pin, wheels) for pin in HELD_OUT]
     heldout = drop_copies(document for _, documents in heldout_read for document in documents)
     known = np.unique(np.concatenate([hasher(document.text) for document in heldout]))
 
-    read = [read_standard_library(), *(read_wheel(pin, wheels) for pin in TRAINING)]
+    read = [read_standard_library(), *(read_wheel(pin, wheels) for pin in chosen)]
     counts = {}
     documents = [document for _, documents in read for document in documents]
     counts["accepted"] = _measure(documents)
@@ -432,8 +451,11 @@ def main() -> None:
         "--budget", type=int, default=210_000_000, help="characters of training text"
     )
     parser.add_argument("--offline", action="store_true", help="download nothing")
+    parser.add_argument(
+        "--packages", nargs="+", metavar="NAME", help="only these, of the training packages"
+    )
     options = parser.parse_args()
-    manifest = build(options.out, options.budget, options.offline)
+    manifest = build(options.out, options.budget, options.offline, options.packages)
     print(json.dumps({key: manifest[key] for key in ("steps", "archives")}, indent=1))
 
 

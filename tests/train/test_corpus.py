@@ -242,3 +242,10 @@ def test_archives_that_are_missing_or_damaged(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(MimoError, match="not a whole .xz file"):
         corpus.read_archive(path)
+
+
+def test_packages_are_chosen_by_name():
+    assert corpus.choose_pins(None) == corpus.TRAINING
+    assert corpus.choose_pins(["sympy", "black"]) == ["sympy==1.14.0", "black==26.10.1"]
+    with pytest.raises(MimoError, match="No training package blak"):
+        corpus.choose_pins(["black", "blak"])
