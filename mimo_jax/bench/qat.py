@@ -6,8 +6,9 @@
 For each seed a plateau is trained that both arms share; from its last step, at `qat.begin` of the
 recipe's schedule, one run goes on without the rounding and one with it: the same tokens in the same
 order, and equally many. The first run is then measured as it is and with MXFP4 experts by both
-rules, the second as it ends. What is finished already is not done again; without --seeds the table
-is made of what there is. The last line of stdout is one JSON object.
+rules, the second as it ends; nothing is measured on the way. What is finished already is not done
+again; without --seeds the table is made of what there is. The last line of stdout is one JSON
+object.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def _deadline(seconds: float) -> Callable[[float], bool]:
 def configurations(
     recipe: Path, overrides: Sequence[str], folder: Path, seed: int
 ) -> dict[str, TrainConfig]:
-    """The settings of a seed's three runs: plateau, bf16, qat.
+    """The settings of a seed's three runs: plateau, bf16, qat; without held-out text.
 
     Args:
       recipe: of `mimo train`.
@@ -109,7 +110,8 @@ def configurations(
 
     def changed(name: str, **run: Any) -> TrainConfig:
         section = dataclasses.replace(config.run, out=str(folder / name), **run)
-        return dataclasses.replace(config, run=section)
+        data = dataclasses.replace(config.data, heldout=())
+        return dataclasses.replace(config, run=section, data=data)
 
     fork = {"fork": str(folder / PLATEAU)}
     return {
@@ -131,6 +133,9 @@ def run_seed(
     done = runs / f"seed-{seed}.json"
     if done.exists():
         return True
+    heldout = load_config(recipe, overrides).data.heldout
+    if not heldout:
+        raise MimoError("data.heldout is empty: name the text to measure the arms on.")
     configs = configurations(recipe, overrides, runs / f"seed-{seed}", seed)
     trained = {}
     for name, config in configs.items():
@@ -141,11 +146,12 @@ def run_seed(
             train("qat" if name == "qat" else "target", config)
         trained[name] = training_figures(folder)
     # Dense and packed checkpoints of the same length; the programs are the runs' own.
-    measured = measure(configs, rows)
+    measured = measure(configs, heldout, rows)
     record = {
         "seed": seed,
         **environment(),
         "recipe": to_dict(configs["qat"]),
+        "heldout": list(heldout),
         "arms": measured,
         "training": trained,
     }
@@ -188,22 +194,20 @@ def training_figures(folder: Path) -> dict[str, Any]:
     return figures | ({"qat_error_mean": errors[-1]} if errors else {})
 
 
-def measure(configs: dict[str, TrainConfig], rows: int) -> dict[str, dict[str, Any]]:
-    """Held-out bits per byte and accuracy of the arms."""
+def measure(
+    configs: dict[str, TrainConfig], heldout: Sequence[str], rows: int
+) -> dict[str, dict[str, Any]]:
+    """Bits per byte and accuracy of the arms on held-out text."""
     from mimo_jax.bench.evaluate import text_quality
 
     config = configs["qat"]
-    if not config.data.heldout:
-        raise MimoError("data.heldout is empty: name the text to measure the arms on.")
     devices = config.run.devices or 1
     how = {"rows": rows, "length": config.data.length, "devices": devices}
     places = {
         arm: ("qat" if arm == "qat" else "bf16", arm if arm in RULES else None) for arm in ARMS
     }
     return {
-        arm: text_quality(
-            Path(configs[run].run.out) / CHECKPOINT, config.data.heldout, rule=rule, **how
-        )
+        arm: text_quality(Path(configs[run].run.out) / CHECKPOINT, heldout, rule=rule, **how)
         for arm, (run, rule) in places.items()
     }
 

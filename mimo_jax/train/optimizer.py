@@ -1,4 +1,9 @@
-"""Muon for matrices and AdamW for the rest, or AdamW alone; the learning rate's schedule."""
+"""Muon for matrices and AdamW for the rest, or AdamW alone; the learning rate's schedule.
+
+Both are made once for the same settings: what was compiled with them serves the next run too.
+"""
+
+from functools import lru_cache
 
 import jax
 import optax
@@ -9,6 +14,7 @@ from mimo_jax.train.config import OptimizerSection, ScheduleSection
 _NOT_MUON = ("embedding", "head", "router", "mask_embedding")
 
 
+@lru_cache(maxsize=32)
 def make_schedule(section: ScheduleSection, peak: float, steps: int) -> optax.Schedule:
     """Linear warm-up, then a plateau that falls linearly to zero, half a cosine, or neither.
 
@@ -29,6 +35,7 @@ def make_schedule(section: ScheduleSection, peak: float, steps: int) -> optax.Sc
     return optax.join_schedules([rise, plateau, fall], [warmup, steps - decay])
 
 
+@lru_cache(maxsize=32)
 def make_optimizer(
     learning_rate: optax.Schedule, section: OptimizerSection
 ) -> optax.GradientTransformation:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -277,9 +278,15 @@ def abstract_target(config) -> tuple[nnx.GraphDef, nnx.State]:
     )
 
 
-def init_params(config, seed: int) -> nnx.State:
-    """Random float32 masters; to be called inside jit, which places them."""
-    return nnx.state(MiMo(config, nnx.Rngs(seed), packed=False, dtype=jnp.float32))
+def init_params(config, seed: int | Leaf) -> nnx.State:
+    """Random float32 masters; to be called inside jit, which places them.
+
+    Args:
+      config: of the target.
+      seed: may be traced: one program then makes the weights of all seeds.
+    """
+    rngs = nnx.Rngs(jax.random.key(seed))
+    return nnx.state(MiMo(config, rngs, packed=False, dtype=jnp.float32))
 
 
 def start_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -287,10 +294,12 @@ def start_state(params: nnx.State, optimizer: optax.GradientTransformation) -> T
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 
+@lru_cache(maxsize=8)
 def make_evaluate(graph, recipe: Recipe) -> Callable:
     """The jitted `evaluate(params, batch) -> {"nats", "right", "tokens"}`, sums over a batch.
 
     No choice of an expert is dropped: what is measured must not depend on a batch's other rows.
+    It is made once for the same arguments: measuring several models compiles one program.
     """
 
     @jax.jit
@@ -308,6 +317,7 @@ def make_evaluate(graph, recipe: Recipe) -> Callable:
     return evaluate
 
 
+@lru_cache(maxsize=8)
 def make_quantization_error(rule: str) -> Callable:
     """The jitted `error(params)`: by expert matrix, ||MXFP4(w) - w|| / ||w||."""
 

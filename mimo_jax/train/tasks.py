@@ -4,16 +4,19 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.manifest import write_atomically
 from mimo_jax.compilation import use_compilation_cache
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.program import Plan, make_plan
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mimo import MiMo
@@ -116,10 +119,10 @@ def target_task(
     graph, abstract = abstract_target(start.config)
     shapes = _target_shapes(start, config)
     placed = placing.state(shapes, abstract)
+    layout = jax.tree.flatten(placed)
+    layout = tuple(layout[0]), layout[1]
     steps = {
-        used: make_step(
-            graph, optimizer, _recipe(config, used, dtype), out_shardings=(placed, placing.whole)
-        )
+        used: _target_step(graph, optimizer, _recipe(config, used, dtype), layout, placing.whole)
         for used in {None, rule}
     }
     begin = round(config.qat.begin * config.run.steps)
@@ -128,11 +131,8 @@ def target_task(
         return steps[rule if number >= begin else None](state, batch)
 
     def init():
-        def random():
-            return start_state(init_params(start.config, config.run.seed), optimizer)
-
         if start.checkpoint is None and start.run is None:
-            return jax.jit(random, out_shardings=placed)()
+            return _random_state(start.config, optimizer, layout)(jnp.int32(config.run.seed))
         params = _masters(start, placing, abstract)
         return jax.jit(lambda p: start_state(p, optimizer), out_shardings=placed)(params)
 
@@ -152,6 +152,31 @@ def target_task(
         evaluate=_target_evaluation(config, start, out, placing, graph, dtype, rule),
         finish=finish,
     )
+
+
+@lru_cache(maxsize=8)
+def _target_step(graph, optimizer, recipe: Recipe, layout: tuple, whole: Any) -> Callable:
+    """The step; one for all runs of the same settings, so that it is compiled once for them.
+
+    Args:
+      graph: of the target.
+      optimizer: of `make_optimizer`.
+      recipe: how it computes.
+      layout: the state's NamedShardings, flattened: leaves and structure.
+      whole: the metrics' NamedSharding.
+    """
+    placed = jax.tree.unflatten(layout[1], layout[0])
+    return make_step(graph, optimizer, recipe, out_shardings=(placed, whole))
+
+
+@lru_cache(maxsize=8)
+def _random_state(config: ModelConfig, optimizer, layout: tuple) -> Callable:
+    """The jitted `first(seed)`: a state with random weights."""
+
+    def first(seed):
+        return start_state(init_params(config, seed), optimizer)
+
+    return jax.jit(first, out_shardings=jax.tree.unflatten(layout[1], layout[0]))
 
 
 def drafter_task(
