@@ -1,5 +1,6 @@
 """`mimo bench train`: what is made of a trace, and a whole run of the smallest case."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from mimo_jax import cli
-from mimo_jax.bench.train import CASES, busiest
+from mimo_jax.bench.train import CASES, busiest, check_attention
 from mimo_jax.train.pretrain import abstract_target
 
 
@@ -22,6 +23,16 @@ def test_the_busiest_kernels_of_a_step():
 def test_the_larger_case_has_a_billion_parameters():
     _, params = abstract_target(CASES["1b"].config)
     assert 0.95e9 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 1.05e9
+
+
+def test_kernels_and_blocks_are_as_far_from_float32():
+    toy = CASES["toy"]
+    recipe = dataclasses.replace(toy.recipe, attention="interpreted")
+    found = check_attention(dataclasses.replace(toy, recipe=recipe, length=256))
+    assert {name.partition(", ")[2] for name in found} == {"full", "window of 128"}
+    for name, distance in found.items():
+        assert 1e-4 < distance < 2e-2, name
+        assert distance < 2 * found[name.replace("kernels", "blocks")]
 
 
 @pytest.mark.slow
