@@ -147,6 +147,36 @@ def declare(options: argparse.Namespace) -> tuple[ModelConfig, Plan, dict[str, A
     return config, plan, said
 
 
+def make_prefill(plan: Plan, state: State, chunk: int):
+    """The engine's prefill alone: the jitted `program(params, state) -> state`.
+
+    Args:
+      plan: of the rank.
+      state: or its shapes.
+      chunk: rows of a pass.
+    """
+    specs = state_specs(state, plan.rules)
+
+    def body(params, state):
+        model, drafter = plan.modules(params)
+        return prefill(model, drafter, plan.taps, state, chunk, plan.parallel)
+
+    sharded = jax.shard_map(
+        body,
+        mesh=plan.mesh,
+        in_specs=(plan.param_specs, specs),
+        out_specs=specs,
+        check_vma=False,
+    )
+    on_gpu = plan.mesh.devices.flat[0].platform == "gpu"
+    return jax.jit(
+        sharded,
+        donate_argnums=1,
+        out_shardings=shardings(specs, plan.mesh),
+        compiler_options=GPU_OPTIONS if on_gpu else None,
+    )
+
+
 class Prefiller:
     """The compiled prefill of a plan, and the state that it runs on.
 
@@ -164,32 +194,9 @@ class Prefiller:
         settings = Settings(1, max_len, block, chunk, DTYPE)
         self.state: State | None = random_state(plan, settings, 1, seed)
         start = time.perf_counter()
-        self._program = self._compile(plan)
+        self._program = make_prefill(plan, self.state, chunk).lower(params, self.state).compile()
         self.compile_s = time.perf_counter() - start
         self.temporaries = self._program.memory_analysis().temp_size_in_bytes
-
-    def _compile(self, plan: Plan):
-        specs = state_specs(self.state, plan.rules)
-
-        def body(params, state):
-            model, drafter = plan.modules(params)
-            return prefill(model, drafter, plan.taps, state, self.chunk, plan.parallel)
-
-        sharded = jax.shard_map(
-            body,
-            mesh=plan.mesh,
-            in_specs=(plan.param_specs, specs),
-            out_specs=specs,
-            check_vma=False,
-        )
-        on_gpu = plan.mesh.devices.flat[0].platform == "gpu"
-        jitted = jax.jit(
-            sharded,
-            donate_argnums=1,
-            out_shardings=shardings(specs, plan.mesh),
-            compiler_options=GPU_OPTIONS if on_gpu else None,
-        )
-        return jitted.lower(self.params, self.state).compile()
 
     def run(self, start: int, tokens: int) -> float:
         """Seconds to cache so many tokens after `start`."""

@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 from h200 import Case
 
+from mimo_jax.bench.prefill import make_prefill
+from mimo_jax.bench.rank_run import shorten
 from mimo_jax.cache import LayerCache
+from mimo_jax.decode.kernel_weights import kernel_plan
+from mimo_jax.decode.program import Settings, make_plan, state_maker
+from mimo_jax.decode.rank import rank_plan
 from mimo_jax.model.prefill_attention import attend_chunk
+from mimo_jax.planning.sizes import abstract_mesh
+from mimo_jax.presets import drafter_preset, preset
 from pallas_kernels.attention.shapes import SHAPES
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.prefill_attention.mosaic_gpu import Launch, prefill_attention_mosaic
@@ -37,6 +44,17 @@ def kernel(name: str, t: int, rows: int, b: int = 1, launch: Launch | None = Non
         return prefill_attention(*given, **options, implementation="mosaic_gpu")
 
     return Case(jax.jit(run), arguments)
+
+
+def rank_pro(mesh) -> Case:
+    """The benchmark's program: layers of one rank of eight, the drafter, 256 K tokens."""
+    name = "mimo-v2.6-pro"
+    config, drafter = shorten(preset(name), drafter_preset(name), 7)
+    whole = make_plan(config, drafter, abstract_mesh(8), fp8=True, dtype=jnp.bfloat16)
+    plan = rank_plan(kernel_plan(whole), mesh)
+    settings = Settings(1, (1 << 18) + 64, 8, 2048, jnp.bfloat16)
+    state = jax.eval_shape(state_maker(plan, settings))
+    return Case(make_prefill(plan, state, 2048), (plan.params, state))
 
 
 def full_pro(mesh) -> Case:

@@ -31,6 +31,15 @@ def test_a_key_value_heads_stack_is_not_copied():
     assert report("prefill_cases_h200:full_pro").temporaries < 1 << 20
 
 
+def test_the_benchmarks_program_is_one_graph():
+    """Seven layers of a rank of eight, two without a window, 256 K tokens, chunks of 2,048."""
+    found = report("prefill_cases_h200:rank_pro")
+    assert len(found.graphs) == 1 and not found.outside
+    names = [kernel.name for kernel in found.kernels]
+    assert names.count("prefill_attention") == 2
+    assert found.temporaries < 1 << 30
+
+
 def test_layers_of_a_kind_are_one_compile_without_scores():
     """The model's own way to it, for a chunk of 2,048 rows and 256 K positions."""
     found = report("prefill_cases_h200:layers_pro")

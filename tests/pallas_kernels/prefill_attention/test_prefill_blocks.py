@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from prefill_cases import arrays, distance, make, oracle
 
-from pallas_kernels.prefill_attention import blocks, prefill_attention
+from pallas_kernels.prefill_attention import api, blocks, prefill_attention
 from pallas_kernels.prefill_attention.reference import prefill_attention_reference
 
 CASES = {
@@ -132,14 +132,12 @@ def test_what_does_not_fit_is_refused(change, what):
         q=(2, 3, 6, 16), keys=(2, 2, 29, 16), values=(2, 2, 29, 32), start=(2,), live=(2,),
         first=(2,), sink=(6,),
     )  # fmt: skip
-    numbers = ("start", "live", "first")
     given = {
-        name: jnp.zeros(shape, jnp.int32 if name in numbers else jnp.float32)
-        for name, shape in (shapes | change).items()
-        if name != "window"
+        name: shape if name == "window" else jnp.zeros(shape)
+        for name, shape in ({"window": 7} | shapes | change).items()
     }
     with pytest.raises(ValueError, match=what):
-        prefill_attention(**given, window=change.get("window", 7))
+        api._check(**given)
 
 
 def test_an_unknown_implementation_is_refused(rng):
