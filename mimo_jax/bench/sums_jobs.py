@@ -165,7 +165,9 @@ def exact_program(mesh: Mesh, way: str = "mail"):
 
         def body(number, carry):
             x, idle = carry
-            idle = lax.fori_loop(0, delays[number], lambda _, z: z * 1.0001 + 1e-3, idle)
+            # Not delays[number], for which XLA would leave the graph.
+            times = jnp.where(jnp.arange(delays.size) == number, delays, 0).sum()
+            idle = lax.fori_loop(0, times, lambda _, z: z * 1.0001 + 1e-3, idle)
             x = _mix(x + (idle.sum() < 0).astype(jnp.int32), own, add, parallel.gather)
             return x, jnp.minimum(idle, 2.0)
 

@@ -30,10 +30,8 @@ def check_mail(text: str, devices: int) -> None:
     """The mailbox is made once and then used in place: nothing else is of its size."""
     words = Mail.holding(devices, MOST_BYTES).words
     makers = Counter(re.findall(rf" = u32\[{words}\]\S* ([\w-]+)\(", text))
-    for free in ("parameter", "get-tuple-element", "bitcast"):
-        makers.pop(free, None)
-    fused = makers.pop("iota", 0), makers.pop("broadcast", 0), makers.pop("select", 0)
-    assert makers == {"fusion": 1}, (makers, fused)
+    assert makers["fusion"] == makers["custom-call"] == 1, makers  # Filled, and opened.
+    assert not set(makers) & {"copy", "copy-start", "dynamic-update-slice", "conditional"}, makers
     calls = re.findall(rf"u32\[{words}\]\S*\) custom-call\(.*", text)
     assert calls and all("output_to_operand_aliasing={{" in call for call in calls)
 
@@ -45,7 +43,6 @@ def test_sums_in_a_loop_are_one_graph(devices, tmp_path):
     assert not any(kernel.spilled_bytes for kernel in found.kernels)
     assert found.launches == 5 and found.lowered == 3
     assert not found.outside and len(found.graphs) == 1
-    # A round: three sums and two fusions that follow them or more, a gather and its maximum.
     assert found.graphs[0].count("kCustomCall") == 5
     text = optimised(tmp_path)
     assert not COLLECTIVE.search(text)
@@ -65,7 +62,7 @@ def test_xlas_sums_are_not_in_a_graph_unless_they_are_nccls():
     assert not found.outside and found.graphs[0].count("kAllReduce") == 8
 
 
-@pytest.mark.parametrize(("case", "devices"), [("nano", 4), ("nano", 8), ("pro", 8)])
+@pytest.mark.parametrize(("case", "devices"), [("nano", 4), ("pro", 8)])
 def test_decoding_on_several_devices_is_one_graph(case, devices, tmp_path):
     found = report(f"sum_cases:{case}", devices, str(tmp_path))
     assert not found.outside and len(found.graphs) == 1
