@@ -91,6 +91,18 @@ class Parallel:
         sums = jnp.split(self._exchange(all_sum, joined), ends)
         return tree.unflatten([s.reshape(x.shape) for s, x in zip(sums, leaves, strict=True)])
 
+    def add(self, residual, part: Callable):
+        """The residual stream plus the devices' parts of a product.
+
+        Args:
+          residual: the stream, the same on all devices.
+          part: this device's part, by a function of what it is to add itself: the stream on a
+            device that has the whole product, else None.
+        """
+        if self.axis is None or lax.axis_size(self.axis) == 1:
+            return self.sum(part(residual))
+        return residual + self.sum(part(None))
+
     def gather(self, x, dimension: int):
         """Concatenates the devices' parts along a dimension."""
         if self.axis is None:

@@ -22,6 +22,7 @@ _NOTHING = frozenset(
 _GROUPS = {
     "accept": "accept, sampling",
     "attend": "attention proper",
+    "attend_cached": "attention proper",
     "attention_cache": "attention proper",
     "attention_output": "attention projections",
     "attention_project": "attention projections",

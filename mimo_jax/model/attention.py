@@ -7,7 +7,16 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax import cache as kv
 from mimo_jax.config import AttentionConfig
-from mimo_jax.model.layers import INIT_SCALE, decoded, linear, rope, rotary_angles, tile_scales
+from mimo_jax.model.layers import (
+    INIT_SCALE,
+    RMSNorm,
+    decoded,
+    few_token_linear,
+    linear,
+    rope,
+    rotary_angles,
+    tile_scales,
+)
 from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
 from pallas_kernels.attention import block_attention
@@ -51,6 +60,15 @@ class Attention(nnx.Module):
         weight = decoded(self.qkv, self.qkv_scale, x, self.config.scale_unit)
         groups, rows, _ = weight.shape
         return linear(x, weight.reshape(groups * rows, -1)).reshape(*x.shape[:2], groups, rows)
+
+    @jax.named_scope("attention_project")
+    def fused_few(self, h: Float[Array, "b t d"], norm: RMSNorm) -> Float[Array, "b t k rows"]:
+        """The same of norm(h), for the few rows of a decoded block."""
+        groups, rows, _ = self.qkv.shape
+        scale = None if self.qkv_scale is None else self.qkv_scale[...]
+        options = dict(unit=self.config.scale_unit, norm=norm, ahead=self.output)
+        y = few_token_linear(h, self.qkv[...], scale, **options)
+        return y.reshape(*h.shape[:2], groups, rows)
 
     def split(self, fused: Float[Array, "b t k rows"], positions: Int32[Array, "b t"]):
         """What `project` returns, of the product."""
@@ -104,6 +122,14 @@ class Attention(nnx.Module):
         """Projects the heads back to the residual stream, summed over all devices."""
         flat = heads.reshape(*heads.shape[:2], -1)
         return parallel.sum(linear(flat, self.output[...]))
+
+    @jax.named_scope("attention_output")
+    def combine_few(
+        self, heads: Float[Array, "b t n v"], parallel: Parallel, ahead: nnx.Param | None
+    ) -> Float[Array, "b t d"]:
+        """The same for the few rows of a decoded block; `ahead` as in `few_token_linear`."""
+        flat = heads.reshape(*heads.shape[:2], -1)
+        return parallel.sum(few_token_linear(flat, self.output[...], ahead=ahead))
 
 
 @jax.named_scope("attend")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from mimo_jax import cache as kv
 from mimo_jax.config import ModelConfig
 from mimo_jax.model.attention import Attention
-from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear
+from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, few_token_linear, linear
 from mimo_jax.model.moe import MoE
 from mimo_jax.model.prefill_attention import MOST_DECODED, attend_chunk
 from mimo_jax.model.sequence import attend_sequence
@@ -42,23 +42,39 @@ class Block(nnx.Module):
         else:
             self.ffn = DenseMLP(d, config.intermediate_size, dtype, rngs, fp8)
 
-    def __call__(self, h, positions, live, cache: kv.LayerCache, parallel: Parallel):
-        """A block of tokens against the cache; returns the residual stream and the cache."""
-        attention = self.attention
+    def __call__(
+        self,
+        h,
+        positions,
+        live,
+        cache: kv.LayerCache,
+        parallel: Parallel,
+        following: nnx.Param | None = None,
+    ):
+        """A block of tokens against the cache; returns the residual stream and the cache.
+
+        `following` are the weights that are read next.
+        """
         if h.shape[1] > MOST_DECODED:
-            q, k, v = attention.project(self.input_norm(h), positions)
-            window, sink = attention.config.window, _value(attention.sink)
-            cache, heads = attend_chunk(q, k, v, cache, positions[:, 0], live, window, sink)
-        else:
-            fused = attention.fused(self.input_norm(h))
-            cache, heads = attention.attend_cached(fused, positions, live, cache)
-        update = attention.combine(heads, parallel)
+            return self._chunk(h, positions, live, cache, parallel)
+        attention, ffn = self.attention, self.ffn
+        fused = attention.fused_few(h, self.input_norm)
+        cache, heads = attention.attend_cached(fused, positions, live, cache)
+        ahead = ffn.router.weight if self.sparse else ffn.gate_up
+        update = attention.combine_few(heads, parallel, ahead)
         if self.sparse:
-            h, y = self.ffn.after(h, update, self.post_norm, live, parallel)
-        else:
-            h = h + update
-            y = self.ffn(self.post_norm(h), parallel)
-        return h + y, cache
+            return ffn.decode(h, update, self.post_norm, live, parallel, following), cache
+        return ffn.decode(h + update, self.post_norm, parallel, following), cache
+
+    def _chunk(self, h, positions, live, cache: kv.LayerCache, parallel: Parallel):
+        """The same for a chunk of a prompt."""
+        attention = self.attention
+        q, k, v = attention.project(self.input_norm(h), positions)
+        window, sink = attention.config.window, _value(attention.sink)
+        cache, heads = attend_chunk(q, k, v, cache, positions[:, 0], live, window, sink)
+        h = h + attention.combine(heads, parallel)
+        x = self.post_norm(h)
+        return h + (self.ffn(x, live, parallel) if self.sparse else self.ffn(x, parallel)), cache
 
     def sequence(self, h, feed_forward: Callable, implementation: str = "blocks"):
         """Whole sequences without a cache.
@@ -136,16 +152,24 @@ class MiMo(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         h = embed(self.embedding[...], tokens, parallel)
         outputs, written = [], []
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+        following = [layer.attention.qkv for layer in self.layers[1:]] + [None]
+        layers = zip(self.layers, caches, following, strict=True)
+        for index, (layer, cache, ahead) in enumerate(layers):
             with jax.named_scope(f"layer_{index}"):
-                h, cache = layer(h, positions, live, cache, parallel)
+                h, cache = layer(h, positions, live, cache, parallel, ahead)
             outputs.append(h)
             written.append(cache)
         return h, tap(outputs, taps), tuple(written)
 
     def logits(self, h: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         """Final norm and head: float32 logits of this device's part of the vocabulary."""
-        return head_logits(self.norm(h), self.head[...])
+        return few_logits(h, self.norm, self.head[...])
+
+
+@jax.named_scope("head")
+def few_logits(h: Float[Array, "b t d"], norm: RMSNorm, head) -> Float[Array, "b t w"]:
+    """norm(h) @ head^T in float32, for the few rows of a decoded block."""
+    return few_token_linear(h, head, norm=norm, dtype=jnp.float32)
 
 
 @jax.named_scope("head")

@@ -1,5 +1,7 @@
 """The mixture of experts: a float32 sigmoid router and experts in MXFP4 or dense."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -128,24 +130,33 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         ids, routing = self.router(rows)
         ids = jnp.where(live.reshape(-1, 1), ids, -1)
-        return self._mix(rows, ids, routing, parallel).reshape(x.shape)
+        return parallel.sum(self._mix(rows, ids, routing, parallel)).reshape(x.shape)
 
-    def after(
+    def decode(
         self,
         h: Float[Array, "b t d"],
         update: Float[Array, "b t d"],
         norm: RMSNorm,
         live: Bool[Array, "b t"],
         parallel: Parallel,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
-        """The stream h with an update, and what the experts make of its norm, as `__call__` says.
+        ahead: nnx.Param | None = None,
+    ) -> Float[Array, "b t d"]:
+        """h + update, and added to it what the experts make of its norm, as `__call__` says.
 
         In programs for a GPU all up to the experts is a kernel, where a block fits it.
+
+        Args:
+          h: the residual stream.
+          update: what attention adds to it.
+          norm: before the experts.
+          live: as in `__call__`.
+          parallel: this device's place on the mesh.
+          ahead: weights that are read next.
         """
         rows, updates = (part.reshape(-1, part.shape[-1]) for part in (h, update))
         x, ids, routing, stream = self._route(rows, updates, norm, live.reshape(-1))
-        y = self._mix(x, ids, routing, parallel)
-        return stream.reshape(h.shape), y.reshape(h.shape)
+        mix = partial(self._mix, x, ids, routing, parallel, ahead=ahead)
+        return parallel.add(stream, mix).reshape(h.shape)
 
     def _route(self, h, update, norm, live):
         """Normed rows, ids (-1 for dead rows), weights, and the stream."""
@@ -174,12 +185,15 @@ class MoE(nnx.Module):
                 elsewhere=elsewhere,
             )
 
-    def _mix(self, rows, ids, routing, parallel: Parallel):
-        """The experts' sum over all devices, [t, d]."""
+    def _mix(self, rows, ids, routing, parallel: Parallel, residual=None, ahead=None):
+        """The sum of this device's experts, [t, d], and a residual."""
         weights = self.experts.weights
         if parallel.experts:
             # Ids of other devices' experts fall outside [0, e) here, as those of dead rows do.
             ids = ids - parallel.index * weights.gate_up.shape[0]
+        inside = residual if self.experts.plans and rows.dtype == jnp.bfloat16 else None
+        ahead = None if ahead is None else ahead[...]
         with jax.named_scope("experts"):
-            y = expert_ffn(rows, weights, ids, routing).astype(rows.dtype)
-        return parallel.sum(y)
+            y = expert_ffn(rows, weights, ids, routing, residual=inside, ahead=ahead)
+        y = y.astype(rows.dtype)
+        return y if residual is None or inside is not None else residual + y
