@@ -19,6 +19,7 @@ from mimo_jax.model.attention import attend
 from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear, rope
 from mimo_jax.model.mimo import MiMo, argmax, head_logits
 from mimo_jax.sharding import Parallel, constant, normal, param
+from pallas_kernels.attention import draft_attention
 
 
 class DraftAttention(nnx.Module):
@@ -58,17 +59,31 @@ class DraftAttention(nnx.Module):
         v = v * jnp.asarray(self.config.value_scale, v.dtype)
         return self._rotate(self.key_norm(k), positions), v
 
-    def __call__(self, x, positions, context: LayerCache, visible, parallel: Parallel):
-        """x [b, t, d] attends to `visible` [b, t, s] rows of the context and to the whole block."""
+    def __call__(
+        self, x, positions, context: LayerCache, visible, parallel: Parallel, ring: bool = False
+    ):
+        """x [b, t, d] attends to `visible` [b, t, s] rows of the context and to the whole block.
+
+        If the context is a `ring`, that is a kernel in programs for a GPU.
+        """
         q = self.queries(x, positions)
         k, v = self.keys_values(x, positions)
-        keys = jnp.concatenate([context.keys, k.transpose(0, 2, 1, 3)], axis=2)
-        values = jnp.concatenate([context.values, v.transpose(0, 2, 1, 3)], axis=2)
-        own = jnp.ones((*visible.shape[:2], x.shape[1]), bool)
-        own = jnp.tril(own) if self.causal else own
-        visible = jnp.concatenate([visible, own], axis=2)
+        window, t = self.config.window, x.shape[1]
         sink = None if self.sink is None else self.sink[...]
-        heads = attend(q, keys, values, visible, sink)
+
+        def elsewhere(q, k, v, keys, values, start, sink):
+            keys = jnp.concatenate([keys, k.transpose(0, 2, 1, 3)], axis=2)
+            values = jnp.concatenate([values, v.transpose(0, 2, 1, 3)], axis=2)
+            own = jnp.ones((*visible.shape[:2], t), bool)
+            own = jnp.tril(own) if self.causal else own
+            return attend(q, keys, values, jnp.concatenate([visible, own], axis=2), sink)
+
+        arguments = q, k, v, context.keys, context.values, positions[:, 0]
+        if ring and window is not None and t <= min(window, context.size - window + 1):
+            options = dict(window=window, sink=sink, causal=self.causal)
+            heads = draft_attention(*arguments, **options, elsewhere=elsewhere)
+        else:
+            heads = elsewhere(*arguments, sink)
         return parallel.sum(linear(heads.reshape(*heads.shape[:2], -1), self.output[...]))
 
 
@@ -83,10 +98,12 @@ class DraftBlock(nnx.Module):
         self.post_norm = RMSNorm(d, epsilon, dtype, rngs)
         self.mlp = DenseMLP(d, config.intermediate_size, dtype, rngs)
 
-    def __call__(self, h, positions, context: LayerCache, visible, parallel: Parallel):
+    def __call__(
+        self, h, positions, context: LayerCache, visible, parallel: Parallel, ring: bool = False
+    ):
         """The residual stream after attention and MLP."""
         x = self.input_norm(h)
-        h = h + self.attention(x, positions, context, visible, parallel)
+        h = h + self.attention(x, positions, context, visible, parallel, ring)
         return h + self.mlp(self.post_norm(h), parallel)
 
 
@@ -201,7 +218,8 @@ class Drafter(nnx.Module):
                 if other.size not in places:  # Layers of one kind have the same rows.
                     places[other.size] = other.positions(start)
             rows = tuple(places[context.size] for context in contexts)
-            hidden = self(self.block(embedded, block), start, contexts, rows, parallel)
+            inputs = self.block(embedded, block), start, contexts, rows, parallel
+            hidden = self(*inputs, rings=True)
             return argmax(head_logits(hidden[:, 1:], model.head[...]), parallel)
 
         def nothing():
@@ -222,6 +240,7 @@ class Drafter(nnx.Module):
         contexts: tuple[LayerCache, ...],
         places: Int32[Array, "b s"] | tuple[Int32[Array, "b _"], ...],
         parallel: Parallel = Parallel(),
+        rings: bool = False,
     ) -> Float[Array, "b t d"]:
         """Drafts a block: row j, after the target's head, predicts the token at start + j.
 
@@ -232,6 +251,8 @@ class Drafter(nnx.Module):
           contexts: each layer's context.
           places: the position of each context row, for all layers or for each; negative: none.
           parallel: this device's place on the mesh.
+          rings: contexts with a window are rings as `ingest` leaves them, which a kernel may
+            read. It has no gradient.
 
         Returns:
           the hidden rows after the final norm.
@@ -244,7 +265,7 @@ class Drafter(nnx.Module):
             kind = id(at), layer.attention.config.window
             if kind not in masks:
                 masks[kind] = _visible(at, start, positions, kind[1])
-            h = layer(h, positions, context, masks[kind], parallel)
+            h = layer(h, positions, context, masks[kind], parallel, rings)
         return self.norm(h)
 
 

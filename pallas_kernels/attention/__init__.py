@@ -1,5 +1,10 @@
 """Attention of a block of tokens to a cache of past tokens: rings for windows, and long caches."""
 
-from pallas_kernels.attention.api import MOST_TOKENS, block_attention, decode_attention
+from pallas_kernels.attention.api import (
+    MOST_TOKENS,
+    block_attention,
+    decode_attention,
+    draft_attention,
+)
 
-__all__ = ["MOST_TOKENS", "block_attention", "decode_attention"]
+__all__ = ["MOST_TOKENS", "block_attention", "decode_attention", "draft_attention"]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.attention.reference import (
     block_attention_reference,
     decode_attention_reference,
+    draft_attention_reference,
 )
 from pallas_kernels.expert_ffn import kernel_absence
 
@@ -139,6 +140,66 @@ def block_attention(
         refusal = _shapeless(shape.misfit())
     arguments = qkv, cos, sin, keys, values, start, live, sink
     return _run("block_attention_mosaic", options, reference, arguments, refusal, implementation)
+
+
+def draft_attention(
+    q: Float[Array, "b t n h"],
+    own_keys: Float[Array, "b t k h"],
+    own_values: Float[Array, "b t k v"],
+    keys: Float[Array, "b k s h"],
+    values: Float[Array, "b k s v"],
+    start: Int32[Array, "b"],
+    *,
+    window: int,
+    sink: Float[Array, "n"] | None = None,
+    causal: bool = False,
+    implementation: str = "auto",
+    elsewhere: Callable | None = None,
+) -> Float[Array, "b t n v"]:
+    """Attention of a drafter's block to a ring of context, and to itself in both directions.
+
+    The ring holds positions before `start`, that of position p in row p % s, and is not written. On
+    a GPU it takes one launch.
+
+    Args:
+      q: rotated queries of positions start, start + 1, ...
+      own_keys: the block's rotated keys.
+      own_values: its values.
+      keys: the context's rotated keys.
+      values: its values.
+      start: position of each sequence's first row.
+      window: a row sees the context from its own position - window + 1 on; at least t.
+      sink: as in `decode_attention`.
+      causal: a row sees the block up to itself only.
+      implementation: as in `decode_attention`.
+      elsewhere: as in `block_attention`: a function of all arrays in this order, then `sink`.
+
+    Returns:
+      weighted means in q's dtype.
+
+    Raises:
+      ValueError: on shapes or types that do not fit, or an unknown implementation.
+      NotImplementedError: if "mosaic_gpu" cannot run here.
+    """
+    (b, t, _, h), k, v = q.shape, keys.shape[1], values.shape[3]
+    _check(q, keys, values, start, start, window, sink)
+    if own_keys.shape != (b, t, k, h) or own_values.shape != (b, t, k, v) or window < t:
+        raise ValueError(
+            f"own_keys {own_keys.shape} and own_values {own_values.shape} must be "
+            f"{(b, t, k, h)} and {(b, t, k, v)}, window={window} at least {t}."
+        )
+    options = dict(window=window, causal=causal)
+    reference = functools.partial(draft_attention_reference, **options)
+    if implementation == "auto" and elsewhere is not None:
+        reference = elsewhere
+    arrays = q, own_keys, own_values, keys, values
+    refusal = _misfit(arrays, t) or kernel_absence()
+    if refusal is None:
+        from pallas_kernels.attention.mosaic_gpu import draft_shape_of
+
+        refusal = _shapeless(draft_shape_of(q, keys, values, sink, window, causal).misfit())
+    arguments = *arrays, start, sink
+    return _run("draft_attention_mosaic", options, reference, arguments, refusal, implementation)
 
 
 def _run(kernel: str, options: dict, reference, arguments, refusal, implementation: str):

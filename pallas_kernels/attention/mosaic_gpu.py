@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels.attention import ring_block, turn
+from pallas_kernels.attention import draft, ring_block, turn
 from pallas_kernels.attention.chunked import Chunked, Launch, chunked_attention
 from pallas_kernels.attention.ring import Ring, ring_attention
 
@@ -42,3 +42,12 @@ def block_attention_mosaic(qkv, cos, sin, keys, values, start, live, sink, *, wi
     if window is not None:
         return ring_block.ring_block(*arguments, window, value_scale)
     return turn.turned_block(*arguments, value_scale)
+
+
+draft_shape_of = draft.shape_of
+
+
+@functools.partial(jax.jit, static_argnames=("window", "causal"))
+def draft_attention_mosaic(q, own_keys, own_values, keys, values, start, sink, *, window, causal):
+    """See `api.draft_attention`."""
+    return draft.draft_ring(q, own_keys, own_values, keys, values, start, sink, window, causal)

@@ -17,13 +17,18 @@ def positions(end, rows: int):
 
 def decode_attention_reference(q, keys, values, start, live, window, sink):
     """All scores at once; see `decode_attention`."""
-    b, t, n, h = q.shape
-    groups, rows = keys.shape[1:3]
+    t, rows = q.shape[1], keys.shape[2]
     place = positions(start + live, rows)[:, None, :]
     query = start[:, None, None] + jnp.arange(t, dtype=jnp.int32)[None, :, None]
     seen = (place >= 0) & (place <= query)
     if window is not None:
         seen &= place > query - window
+    return attend_reference(q, keys, values, seen, sink)
+
+
+def attend_reference(q, keys, values, seen, sink):
+    """Softmax attention to what is `seen` [b, t, s]."""
+    (b, t, n, h), groups = q.shape, keys.shape[1]
     # [b, 1, 1, t, s]. What no row of the block sees may be NaN, and 0 times NaN is not 0.
     used, seen = seen.any(axis=1)[:, None, :, None], seen[:, None, None]
     grouped = q.astype(jnp.float32).reshape(b, t, groups, n // groups, h)
@@ -61,6 +66,25 @@ def block_attention_reference(
         for x, old in ((k.astype(keys.dtype), keys), (v.astype(values.dtype), values))
     )
     return decode_attention_reference(q, keys, values, start, live, window, sink), keys, values
+
+
+def draft_attention_reference(
+    q, own_keys, own_values, keys, values, start, sink, *, window, causal
+):
+    """Context and block side by side; see `draft_attention`."""
+    t, s = q.shape[1], keys.shape[2]
+    # As a cache that begins with the context's oldest row: its positions ascend.
+    first = start[:, None] - s + jnp.arange(s, dtype=jnp.int32)
+    sorted_ = (first % s)[:, None, :, None]
+    keys, values = (
+        jnp.concatenate([jnp.take_along_axis(x, sorted_, axis=2), own.swapaxes(1, 2)], axis=2)
+        for x, own in ((keys, own_keys), (values, own_values))
+    )
+    token = jnp.arange(t, dtype=jnp.int32)[:, None]
+    place = jnp.arange(-s, t, dtype=jnp.int32)
+    seen = (place <= (token if causal else t - 1)) & (place > token - window)
+    seen = seen[None] & (start[:, None, None] + place >= 0)
+    return attend_reference(q, keys, values, seen, sink)
 
 
 def _rotated(x, cos, sin):

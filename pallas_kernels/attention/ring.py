@@ -119,8 +119,8 @@ class Ring:
         first = (sequence * self.k + kv) * self.s
         own = [warp * KEYS + g + 8 * i for i in (0, 1)]
         mine = [warp * KEYS + c * 2 + place for place in (0, 1, 8, 9)]
-        key = [self._key(m, refs["keys"], first, row, c) for row in own]
-        value = [self._value(m, refs["values"], first, row, g) for row in mine]
+        key = [self._key(m, refs, first, row, c) for row in own]
+        value = [self._value(m, refs, first, row, g) for row in mine]
         (start,) = m.load(refs["start"], sequence, 4, 1)
         (live,) = m.load(refs["live"], sequence, 4, 1)
         last = start + live - 1
@@ -166,9 +166,9 @@ class Ring:
         del m, refs, where, own, mine
         return key, value
 
-    def _key(self, m, ref, first, row, c):
+    def _key(self, m, refs, first, row, c):
         """A lane's pieces of a ring's row; of rows past the last, of the last."""
-        return self._pieces(m, ref, (first + m.minimum(row, self.s - 1)) * self.h, c)
+        return self._pieces(m, refs["keys"], (first + m.minimum(row, self.s - 1)) * self.h, c)
 
     def _pieces(self, m, ref, start, c):
         """4 words for 32 columns, 8 a lane, and 2 for the last 16.
@@ -177,11 +177,11 @@ class Ring:
         """
         return [m.load(ref, start + at, 2, words) for at, words in columns_of(self.h, c)]
 
-    def _value(self, m, ref, first, row, g):
+    def _value(self, m, refs, first, row, g):
         """A lane's columns of a row of values."""
         start = (first + m.minimum(row, self.s - 1)) * self.v
         return [
-            m.load(ref, start + (g * width + column), 2, width // 2)
+            m.load(refs["values"], start + (g * width + column), 2, width // 2)
             for column, width in self.columns
         ]
 

@@ -9,7 +9,8 @@ from h200 import Case
 from mimo_jax.bench.attention_block_jobs import block_layers
 from mimo_jax.bench.attention_jobs import layers
 from mimo_jax.decode.program import GPU_OPTIONS
-from pallas_kernels.attention.api import block_attention, decode_attention
+from mimo_jax.presets import drafter_preset
+from pallas_kernels.attention.api import block_attention, decode_attention, draft_attention
 from pallas_kernels.attention.shapes import SHAPES
 
 LAYERS = 6
@@ -177,3 +178,29 @@ def block_rings_in_a_loop(mesh) -> Case:
 def block_long_in_a_loop(mesh) -> Case:
     """Layers without."""
     return block_chain(mesh, "pro-tp8-full", 4160)
+
+
+def draft(n: int, h: int, k: int, t: int, window: int, b: int = 1) -> Case:
+    """A drafter's kernel."""
+    kind = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    own, held = kind((b, t, k, h)), kind((b, k, window + t - 1, h))
+    start = jax.ShapeDtypeStruct((b,), jnp.int32)
+
+    def run(*arguments):
+        *arrays, sink = arguments
+        return draft_attention(*arrays, window=window, sink=sink, implementation="mosaic_gpu")
+
+    return Case(jax.jit(run), (kind((b, t, n, h)), own, own, held, held, start, kind((n,))))
+
+
+def draft_pro(mesh) -> Case:
+    """A rank of eight of MiMo-V2.6-Pro."""
+    config = drafter_preset("mimo-v2.6-pro")
+    return draft(config.num_attention_heads // 8, config.head_dim, 1, 8, 1024)
+
+
+def draft_nano(mesh) -> Case:
+    """The shipped drafter."""
+    config = drafter_preset("mimo-nano")
+    heads = config.num_attention_heads, config.head_dim, config.num_key_value_heads
+    return draft(*heads, 8, 256, b=2)

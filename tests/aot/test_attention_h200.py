@@ -69,3 +69,11 @@ def test_blocks_in_a_loop_write_their_caches_in_place(case, launches):
     # The loop's condition and counter, and its caller's arrays that are not donated.
     assert len(body.split()) <= (launches + 1) * LAYERS + 3
     assert len(before.split()) <= 3
+
+
+@pytest.mark.parametrize("case", ["pro", "nano"])
+def test_a_drafters_block_is_one_launch_without_spills(case):
+    found = report(f"attention_cases:draft_{case}")
+    assert [kernel.name for kernel in found.kernels] == ["attention_draft"]
+    assert found.kernels[0].spilled_bytes == 0
+    assert found.launches == 1
