@@ -5,6 +5,7 @@ without the collectives; what all ranks together would do is projected, in a tab
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--contexts", default="1024,32768,262144,1048576", help="tokens, comma-separated"
+    )
+    parser.add_argument(
+        "--shared", action="store_true", help="one program for all contexts: compile once"
     )
     parser.add_argument("--rounds", type=int, default=50, help="a repeat (default 50)")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
@@ -155,9 +159,13 @@ class Bench:
         self.say("weights", **self.result["weights"], read=self.result.get("read_GB/s"))
 
     def runner(self, plan: Plan, context: int, room: int, block: int) -> Runner:
-        """A compiled program for a context, its first call done."""
+        """A compiled program for a context, its first call done.
+
+        With --shared it has room for all contexts, and the others are measured in it too.
+        """
         options = self.options
-        settings = Settings(1, context + room, block, options.prefill_chunk, DTYPE)
+        longest = max([context, *self.contexts]) if options.shared else context
+        settings = Settings(1, longest + room, block, options.prefill_chunk, DTYPE)
         runner = Runner(plan, settings, context, options.seed + 1)
         params = self.params_of(plan)
         entries = _entries()
@@ -202,7 +210,8 @@ class Bench:
         """
         plan = runner.plan
         whole = self.whole if plan is self.plan else self.whole_plain
-        sizes = must_read(whole, runner.settings, more["distinct"])
+        settings = dataclasses.replace(runner.settings, max_len=runner.context + self.room)
+        sizes = must_read(whole, settings, more["distinct"])
         row = {"name": name, "context": runner.context, "rows": runner.settings.block, **more}
         row |= {**figures, "bytes": sum(sizes.values()), "reads": sizes}
         if "read_GB/s" in self.result:
@@ -295,6 +304,11 @@ class Bench:
             distinct = self.probe(runner, ZIPF, 1.0)
             self.report(runner, ZIPF, figures, GREEDY, distinct=distinct, zipf=1.0)
             self.params = params
+        if options.shared:
+            for context in self.contexts[1:] if "contexts" in self.parts else ():
+                runner.context = context
+                self.attempt(f"context {context}", lambda: self.at(runner))
+            self.attempt("the long generation", lambda: self.steady_in(runner))
         runner.close()
 
     def alone(self) -> None:
@@ -314,25 +328,36 @@ class Bench:
         measured = {row["context"] for row in self.result["rounds"] if row["rows"] > 1}
         for context in self.contexts if "contexts" in self.parts else ():
             if context not in measured:
-                self.attempt(f"context {context}", lambda context=context: self.at(context))
+                self.attempt(f"context {context}", lambda context=context: self.longer_at(context))
         rows = [row for row in self.result["rounds"] if row["name"] == "greedy"]
         if len(rows) > 1 and "read_GB/s" in self.result:
             self.result["growth"] = projection.growth(rows, self.result["read_GB/s"])
             self.say("growth", rows=self.result["growth"])
 
-    def at(self, context: int) -> None:
-        """One of the other contexts."""
+    def longer_at(self, context: int) -> None:
+        """One of the other contexts, in a program of its own."""
         runner = self.runner(self.plan, context, self.room, self.drafter.block_size)
+        self.at(runner)
+        runner.close()
+
+    def at(self, runner: Runner) -> None:
+        """A greedy round at the runner's context."""
+        runner.rewind()
         figures = self.time(runner, "greedy", GREEDY)
         self.report(runner, "greedy", figures, GREEDY, distinct=self.distinct, zipf=0.0)
         if "profile" in self.parts:
             self.profile(runner, "greedy", GREEDY, figures["ms"])
-        runner.close()
 
     @property
     def room(self) -> int:
         """Tokens that the caches hold beyond a context: all that timed rounds could emit."""
-        return (self.options.rounds + 4) * self.drafter.block_size
+        timed = (self.options.rounds + 4) * self.drafter.block_size
+        return max(timed, self.room_of_steady) if self.options.shared else timed
+
+    @property
+    def room_of_steady(self) -> int:
+        """Likewise, for the long generation."""
+        return self.options.steady + 8 * self.drafter.block_size
 
     def attempt(self, name: str, do: Callable[[], None]) -> None:
         """Does a part; if it fails, says so and lets the others have their turn."""
@@ -343,10 +368,18 @@ class Bench:
             self.fail(f"{name}: {str(error)[:500]}")
 
     def steady(self) -> None:
-        """A long generation."""
+        """A long generation, in a program of its own."""
+        if self.options.steady and "steady" not in self.result:
+            block = self.drafter.block_size
+            runner = self.runner(self.plan, self.contexts[0], self.room_of_steady, block)
+            self.steady_in(runner)
+            runner.close()
+
+    def steady_in(self, runner: Runner) -> None:
+        """A long generation from the first context on."""
         if tokens := self.options.steady:
-            context, block = self.contexts[0], self.drafter.block_size
-            runner = self.runner(self.plan, context, tokens + 8 * block, block)
+            runner.context = self.contexts[0]
+            runner.rewind()
             each = min(1000, max(tokens // 4, 1))
 
             def say(**fields: Any) -> None:
@@ -354,7 +387,6 @@ class Bench:
 
             self.result["steady"] = steady(runner, self.params, tokens, each, say)
             self.say("steady", **self.result["steady"])
-            runner.close()
 
 
 def _names(text: str) -> list[str]:

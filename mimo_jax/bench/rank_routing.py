@@ -1,6 +1,7 @@
 """How a rank's tokens choose experts: uniformly or by Zipf's law, and counted where they do."""
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,17 +69,15 @@ def set_bias(plan: Plan, params: tuple[Any, Any], exponent: float, seed: int) ->
     return nnx.from_flat_state(leaves), params[1]
 
 
-class Recorder:
-    """Stands for a router, and remembers what it chose."""
+def _recorded(route: Callable, found: list) -> Callable:
+    """Stands for a layer's `route`, and remembers the experts that it chose."""
 
-    def __init__(self, router: nnx.Module, found: list):
-        self._router, self._found = router, found
+    def run(*arguments):
+        routed = route(*arguments)
+        found.append(routed[1])
+        return routed
 
-    def __call__(self, x):
-        """Ids and weights, as the router gives them."""
-        ids, weights = self._router(x)
-        self._found.append(ids)
-        return ids, weights
+    return run
 
 
 def make_probe(plan: Plan, settings: Settings):
@@ -98,7 +97,7 @@ def make_probe(plan: Plan, settings: Settings):
         found: list[Any] = []
         for layer in model.layers:
             if layer.sparse:
-                layer.ffn.router = Recorder(layer.ffn.router, found)
+                layer.ffn.route = _recorded(layer.ffn.route, found)
         block, parallel = settings.block, plan.parallel
         tokens, _ = draft_block(model, drafter, state, request, block, parallel)
         live = jnp.ones(tokens.shape, bool)

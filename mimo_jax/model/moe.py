@@ -154,11 +154,11 @@ class MoE(nnx.Module):
           ahead: weights that are read next.
         """
         rows, updates = (part.reshape(-1, part.shape[-1]) for part in (h, update))
-        x, ids, routing, stream = self._route(rows, updates, norm, live.reshape(-1))
+        x, ids, routing, stream = self.route(rows, updates, norm, live.reshape(-1))
         mix = partial(self._mix, x, ids, routing, parallel, ahead=ahead)
         return parallel.add(stream, mix).reshape(h.shape)
 
-    def _route(self, h, update, norm, live):
+    def route(self, h, update, norm, live):
         """Normed rows, ids (-1 for dead rows), weights, and the stream."""
         router, experts = self.router, self.experts
 

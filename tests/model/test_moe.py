@@ -201,7 +201,7 @@ def test_decoded_rows_are_routed_to_the_same_experts_bit_for_bit(t, rng):
     @jax.jit
     def routed(state, h, update):
         moe, norm = nnx.merge(graph, state)
-        return moe._route(h, update, norm, live)
+        return moe.route(h, update, norm, live)
 
     @jax.jit
     def plain(state, h, update):
