@@ -47,9 +47,9 @@ def kernel(name: str, t: int, rows: int, b: int = 1, launch: Launch | None = Non
 
 
 def rank_pro(mesh) -> Case:
-    """The benchmark's program: layers of one rank of eight, the drafter, 256 K tokens."""
+    """The benchmark's program: three layers of one rank of eight, the drafter, 256 K tokens."""
     name = "mimo-v2.6-pro"
-    config, drafter = shorten(preset(name), drafter_preset(name), 7)
+    config, drafter = shorten(preset(name), drafter_preset(name), 3)
     whole = make_plan(config, drafter, abstract_mesh(8), fp8=True, dtype=jnp.bfloat16)
     plan = rank_plan(kernel_plan(whole), mesh)
     settings = Settings(1, (1 << 18) + 64, 8, 2048, jnp.bfloat16)

@@ -32,7 +32,7 @@ def test_a_key_value_heads_stack_is_not_copied():
 
 
 def test_the_benchmarks_program_is_one_graph():
-    """Seven layers of a rank of eight, two without a window, 256 K tokens, chunks of 2,048."""
+    """Layers of a rank of eight, one without a window, 256 K tokens, chunks of 2,048."""
     found = report("prefill_cases_h200:rank_pro")
     assert len(found.graphs) == 1 and not found.outside
     names = [kernel.name for kernel in found.kernels]
