@@ -11,6 +11,10 @@ from mimo_jax.config import AttentionConfig
 from mimo_jax.sharding import Leaf, spec
 
 
+ROWS = 8
+"""A full cache's rows are a multiple of it."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -103,7 +107,10 @@ def extend(
 
 def cache_rows(config: AttentionConfig, max_len: int, block: int) -> int:
     """Rows of a layer's cache: with a block of slack at the end, or a ring."""
-    return max_len + block if config.window is None else config.window + block - 1
+    if config.window is not None:
+        return config.window + block - 1
+    # The copy engine of a GPU takes whole groups of rows.
+    return -(-(max_len + block) // ROWS) * ROWS
 
 
 def init_cache(

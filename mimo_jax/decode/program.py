@@ -37,6 +37,8 @@ GPU_OPTIONS = {
         "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
     ),
     "xla_gpu_graph_min_graph_size": 1,
+    # A slice that XLA fuses with the kernel that reads it cannot be in a graph.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 
 

@@ -4,6 +4,8 @@ Source: DFlash, arXiv 2602.06036; the variant with sliding windows, sinks and a 
 MiMo-V2.5's.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +18,16 @@ from mimo_jax.cache import LayerCache, init_cache, last_rows
 from mimo_jax.config import AttentionConfig, DrafterConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import attend
-from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear, rope
-from mimo_jax.model.mimo import MiMo, argmax, head_logits
+from mimo_jax.model.layers import (
+    INIT_SCALE,
+    DenseMLP,
+    RMSNorm,
+    embed,
+    few_token_linear,
+    linear,
+    rope,
+)
+from mimo_jax.model.mimo import MiMo, argmax, few_logits
 from mimo_jax.sharding import Parallel, constant, normal, param
 from pallas_kernels.attention import draft_attention
 
@@ -45,30 +55,43 @@ class DraftAttention(nnx.Module):
     def _rotate(self, x, positions):
         return rope(x, positions, self.config.rope_theta, self.config.rotary_dim)
 
-    def queries(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
+    def queries(
+        self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], product: Callable = linear
+    ):
         """Normed and rotated queries [b, t, n, h]."""
-        q = linear(x, self.query[...]).reshape(*x.shape[:2], -1, self.config.head_dim)
+        q = product(x, self.query[...]).reshape(*x.shape[:2], -1, self.config.head_dim)
         return self._rotate(self.query_norm(q), positions)
 
-    def keys_values(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
+    def keys_values(
+        self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], product: Callable = linear
+    ):
         """Normed and rotated keys [b,t,k,h], scaled values [b,t,k,v]: of context or of a block."""
         weight = self.kv[...]
-        fused = linear(x, weight.reshape(-1, weight.shape[-1]))
+        fused = product(x, weight.reshape(-1, weight.shape[-1]))
         fused = fused.reshape(*x.shape[:2], *weight.shape[:2])
         k, v = jnp.split(fused, [self.config.head_dim], axis=-1)
         v = v * jnp.asarray(self.config.value_scale, v.dtype)
         return self._rotate(self.key_norm(k), positions), v
 
     def __call__(
-        self, x, positions, context: LayerCache, visible, parallel: Parallel, ring: bool = False
+        self,
+        h,
+        norm: RMSNorm,
+        positions,
+        context: LayerCache,
+        visible,
+        parallel: Parallel,
+        decoding: bool = False,
     ):
-        """x [b, t, d] attends to `visible` [b, t, s] rows of the context and to the whole block.
+        """h and what norm(h) [b, t, d] finds in `visible` [b, t, s] context and the whole block.
 
-        If the context is a `ring`, that is a kernel in programs for a GPU.
+        If it is `decoding`, against a ring, there are kernels for it in programs for a GPU.
         """
-        q = self.queries(x, positions)
-        k, v = self.keys_values(x, positions)
-        window, t = self.config.window, x.shape[1]
+        product = partial(few_token_linear, norm=norm) if decoding else linear
+        x = h if decoding else norm(h)
+        q = self.queries(x, positions, product)
+        k, v = self.keys_values(x, positions, product)
+        window, t = self.config.window, h.shape[1]
         sink = None if self.sink is None else self.sink[...]
 
         def elsewhere(q, k, v, keys, values, start, sink):
@@ -79,12 +102,16 @@ class DraftAttention(nnx.Module):
             return attend(q, keys, values, jnp.concatenate([visible, own], axis=2), sink)
 
         arguments = q, k, v, context.keys, context.values, positions[:, 0]
-        if ring and window is not None and t <= min(window, context.size - window + 1):
+        if decoding and window is not None and t <= min(window, context.size - window + 1):
             options = dict(window=window, sink=sink, causal=self.causal)
             heads = draft_attention(*arguments, **options, elsewhere=elsewhere)
         else:
             heads = elsewhere(*arguments, sink)
-        return parallel.sum(linear(heads.reshape(*heads.shape[:2], -1), self.output[...]))
+        flat = heads.reshape(*heads.shape[:2], -1)
+        if not decoding:
+            return h + parallel.sum(linear(flat, self.output[...]))
+        product = partial(few_token_linear, flat, self.output[...])
+        return parallel.add(h, lambda residual: product(residual=residual))
 
 
 class DraftBlock(nnx.Module):
@@ -99,11 +126,13 @@ class DraftBlock(nnx.Module):
         self.mlp = DenseMLP(d, config.intermediate_size, dtype, rngs)
 
     def __call__(
-        self, h, positions, context: LayerCache, visible, parallel: Parallel, ring: bool = False
+        self, h, positions, context: LayerCache, visible, parallel: Parallel, decoding: bool = False
     ):
         """The residual stream after attention and MLP."""
-        x = self.input_norm(h)
-        h = h + self.attention(x, positions, context, visible, parallel, ring)
+        rows = positions, context, visible
+        h = self.attention(h, self.input_norm, *rows, parallel, decoding)
+        if decoding:
+            return self.mlp.decode(h, self.post_norm, parallel)
         return h + self.mlp(self.post_norm(h), parallel)
 
 
@@ -160,12 +189,16 @@ class Drafter(nnx.Module):
         )
 
     def context(
-        self, features: Float[Array, "b t _"], positions: Int32[Array, "b t"], parallel: Parallel
+        self,
+        features: Float[Array, "b t _"],
+        positions: Int32[Array, "b t"],
+        parallel: Parallel,
+        product: Callable = linear,
     ) -> list[tuple[Array, Array]]:
         """Each layer's keys [b,t,k,h] and values [b,t,k,v] of the target's tapped features."""
-        projected = parallel.gather(linear(features, self.features[...]), -1)
+        projected = parallel.gather(product(features, self.features[...]), -1)
         normed = self.context_norm(projected)
-        return [layer.attention.keys_values(normed, positions) for layer in self.layers]
+        return [layer.attention.keys_values(normed, positions, product) for layer in self.layers]
 
     @jax.named_scope("drafter")
     def ingest(
@@ -178,7 +211,7 @@ class Drafter(nnx.Module):
     ) -> tuple[LayerCache, ...]:
         """Adds features of positions start, start + 1, ... to each layer's context."""
         positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
-        context = self.context(features, positions, parallel)
+        context = self.context(features, positions, parallel, few_token_linear)
         return tuple(
             cache.write(k, v, start, last_rows(live, cache.size))
             for cache, (k, v) in zip(caches, context, strict=True)
@@ -219,8 +252,8 @@ class Drafter(nnx.Module):
                     places[other.size] = other.positions(start)
             rows = tuple(places[context.size] for context in contexts)
             inputs = self.block(embedded, block), start, contexts, rows, parallel
-            hidden = self(*inputs, rings=True)
-            return argmax(head_logits(hidden[:, 1:], model.head[...]), parallel)
+            hidden = self(*inputs, decoding=True)
+            return argmax(few_logits(hidden[:, 1:], model.head[...]), parallel)
 
         def nothing():
             return jnp.zeros((anchor.shape[0], block - 1), jnp.int32)
@@ -240,7 +273,7 @@ class Drafter(nnx.Module):
         contexts: tuple[LayerCache, ...],
         places: Int32[Array, "b s"] | tuple[Int32[Array, "b _"], ...],
         parallel: Parallel = Parallel(),
-        rings: bool = False,
+        decoding: bool = False,
     ) -> Float[Array, "b t d"]:
         """Drafts a block: row j, after the target's head, predicts the token at start + j.
 
@@ -251,8 +284,8 @@ class Drafter(nnx.Module):
           contexts: each layer's context.
           places: the position of each context row, for all layers or for each; negative: none.
           parallel: this device's place on the mesh.
-          rings: contexts with a window are rings as `ingest` leaves them, which a kernel may
-            read. It has no gradient.
+          decoding: contexts with a window are rings as `ingest` leaves them, and kernels may be
+            used, which have no gradient.
 
         Returns:
           the hidden rows after the final norm.
@@ -265,7 +298,7 @@ class Drafter(nnx.Module):
             kind = id(at), layer.attention.config.window
             if kind not in masks:
                 masks[kind] = _visible(at, start, positions, kind[1])
-            h = layer(h, positions, context, masks[kind], parallel, rings)
+            h = layer(h, positions, context, masks[kind], parallel, decoding)
         return self.norm(h)
 
 

@@ -163,13 +163,15 @@ class MiMo(nnx.Module):
 
     def logits(self, h: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         """Final norm and head: float32 logits of this device's part of the vocabulary."""
-        return few_logits(h, self.norm, self.head[...])
+        return few_logits(h, self.head[...], self.norm)
 
 
 @jax.named_scope("head")
-def few_logits(h: Float[Array, "b t d"], norm: RMSNorm, head) -> Float[Array, "b t w"]:
-    """norm(h) @ head^T in float32, for the few rows of a decoded block."""
-    return few_token_linear(h, head, norm=norm, dtype=jnp.float32)
+def few_logits(
+    x: Float[Array, "b t d"], head: Float[Array, "w d"], norm: RMSNorm | None = None
+) -> Float[Array, "b t w"]:
+    """norm(x) @ head^T in float32, for the few rows of a decoded block."""
+    return few_token_linear(x, head, norm=norm, dtype=jnp.float32)
 
 
 @jax.named_scope("head")

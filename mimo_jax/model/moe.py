@@ -191,7 +191,7 @@ class MoE(nnx.Module):
         if parallel.experts:
             # Ids of other devices' experts fall outside [0, e) here, as those of dead rows do.
             ids = ids - parallel.index * weights.gate_up.shape[0]
-        inside = residual if self.experts.plans and rows.dtype == jnp.bfloat16 else None
+        inside = residual if rows.dtype == jnp.bfloat16 else None
         ahead = None if ahead is None else ahead[...]
         with jax.named_scope("experts"):
             y = expert_ffn(rows, weights, ids, routing, residual=inside, ahead=ahead)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from mimo_jax.cache import cache_rows
+from mimo_jax.cache import ROWS, cache_rows
 from mimo_jax.config import ModelConfig
 from mimo_jax.decode.program import Plan, Settings, state_maker
 from mimo_jax.decode.state import State, init_state
@@ -127,8 +127,8 @@ def longest_context(placed: Plan, settings: Settings, memory: int) -> int:
 
 def token_bytes(config: ModelConfig, dtype: Any) -> int:
     """Bytes that one more token takes in the caches, in one copy of each key/value head."""
-    one, two = (_single(config, max_len, dtype)[FULL] for max_len in (1, 2))
-    return two - one
+    one, two = (_single(config, n * ROWS, dtype)[FULL] for n in (1, 2))
+    return (two - one) // ROWS
 
 
 def window_bytes(config: ModelConfig, dtype: Any) -> int:

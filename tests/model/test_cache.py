@@ -129,5 +129,6 @@ def test_last_rows(rng):
 
 
 def test_rows_of_a_cache():
-    assert cache_rows(attention(None), 100, 8) == 108
+    assert cache_rows(attention(None), 100, 8) == 112
+    assert cache_rows(attention(None), 104, 8) == 112
     assert cache_rows(attention(16), 100, 8) == 16 + 8 - 1
