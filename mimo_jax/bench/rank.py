@@ -238,7 +238,7 @@ class Bench:
     def probe(self, runner: Runner, name: str, exponent: float) -> float:
         """Counts the experts that the rounds' rows choose; a round's layers' mean."""
         config = self.config
-        run = routing.make_probe(runner.plan, runner.settings)
+        run = runner.choices
         request = runner.request(runner.context + 1, GREEDY)
         counts, drafts, sizes = [], [], []
         runner.rewind()
@@ -280,24 +280,20 @@ class Bench:
         self.say("failed", what=what)
 
     def first(self) -> None:
-        """All that is measured at the first context with the drafter."""
+        """All that is measured at the first context with the drafter: times first, then parts."""
         wanted = set(self.parts) & {"greedy", "routing", "profile", "zipf", "sampled"}
         if not wanted:
             return
         options, params = self.options, self.params
         runner = self.runner(self.plan, self.contexts[0], self.room, self.drafter.block_size)
         times = {"greedy": self.time(runner, "greedy", GREEDY)}
-        if "profile" in wanted:
-            self.profile(runner, "greedy", GREEDY, times["greedy"]["ms"])
         if "sampled" in wanted:
             times["sampled"] = self.time(runner, "sampled", SAMPLED)
-            if "profile" in wanted:
-                self.profile(runner, "sampled", SAMPLED, times["sampled"]["ms"])
         if "routing" in wanted:
             self.distinct = self.probe(runner, "uniform", 0.0)
+        ways = {"greedy": GREEDY, "sampled": SAMPLED}
         for name, figures in times.items():
-            sampling = SAMPLED if name == "sampled" else GREEDY
-            self.report(runner, name, figures, sampling, distinct=self.distinct, zipf=0.0)
+            self.report(runner, name, figures, ways[name], distinct=self.distinct, zipf=0.0)
         if "zipf" in wanted:
             self.params = routing.set_bias(self.plan, params, 1.0, options.seed)
             figures = self.time(runner, ZIPF, GREEDY)
@@ -309,6 +305,9 @@ class Bench:
                 runner.context = context
                 self.attempt(f"context {context}", lambda: self.at(runner))
             self.attempt("the long generation", lambda: self.steady_in(runner))
+        runner.context = self.contexts[0]
+        for name, figures in times.items() if "profile" in wanted else ():
+            self.profile(runner, name, ways[name], figures["ms"])
         runner.close()
 
     def alone(self) -> None:
@@ -337,16 +336,17 @@ class Bench:
     def longer_at(self, context: int) -> None:
         """One of the other contexts, in a program of its own."""
         runner = self.runner(self.plan, context, self.room, self.drafter.block_size)
-        self.at(runner)
+        figures = self.at(runner)
+        if "profile" in self.parts:
+            self.profile(runner, "greedy", GREEDY, figures["ms"])
         runner.close()
 
-    def at(self, runner: Runner) -> None:
-        """A greedy round at the runner's context."""
+    def at(self, runner: Runner) -> dict[str, Any]:
+        """Times greedy rounds at the runner's context."""
         runner.rewind()
         figures = self.time(runner, "greedy", GREEDY)
         self.report(runner, "greedy", figures, GREEDY, distinct=self.distinct, zipf=0.0)
-        if "profile" in self.parts:
-            self.profile(runner, "greedy", GREEDY, figures["ms"])
+        return figures
 
     @property
     def room(self) -> int:

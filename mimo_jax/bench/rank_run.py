@@ -1,6 +1,7 @@
 """A rank's compiled program and its state: compiled, run for some rounds, timed."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 
 from mimo_jax.bench.hlo import Launch, Module
 from mimo_jax.bench.rank_profile import OPTIONS, record, split
+from mimo_jax.bench.rank_routing import make_probe
 from mimo_jax.bench.rank_weights import at, random_state
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.options import Options
@@ -91,6 +93,11 @@ class Runner:
         times.append(time.perf_counter())
         trace, lower, compiled = (b - a for a, b in zip(times, times[1:], strict=False))
         return {"trace_s": trace, "lower_s": lower, "compile_s": compiled}
+
+    @functools.cached_property
+    def choices(self) -> Callable[..., Any]:
+        """See `rank_routing.make_probe`: compiled once."""
+        return make_probe(self.plan, self.settings)
 
     def launches(self, sampled: bool = False) -> list[Launch]:
         """What a round launches, in the compiled program's own words."""
