@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int32
 from mimo_jax.config import AttentionConfig
 from mimo_jax.sharding import Leaf, spec
 
-
 ROWS = 8
 """A full cache's rows are a multiple of it."""
 

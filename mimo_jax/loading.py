@@ -1,5 +1,6 @@
 """Opens a checkpoint, ours or a released one, as an Engine on a mesh of devices."""
 
+import dataclasses
 import logging
 import os
 import sys
@@ -67,8 +68,8 @@ def load(
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
         memory.
       layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
-      kernel: on Hopper GPUs, run packed experts by the kernel that is written for them; False is
-        for comparing with the slow reference.
+      kernel: on Hopper GPUs, run what `pallas_kernels` has kernels for by them; False is for
+        comparing with XLA's own programs.
       dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
       progress: say on stderr what takes time.
 
@@ -107,6 +108,7 @@ def load(
     plan = check_memory(declared, mesh, Settings(1, max_len, block, CHUNKS[-1], dtype))
     start = time.perf_counter()
     params = jax.block_until_ready(_load_params(checkpoint, other, plan, say))
+    plan = dataclasses.replace(plan, kernels=kernel)
     if mode == "packed" and kernel and not on_cpu:
         plan, params = _for_kernel(plan, params, dtype)
     say(_loaded(checkpoint, plan, params, mode, dtype, time.perf_counter() - start))

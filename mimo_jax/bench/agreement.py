@@ -54,12 +54,13 @@ def next_logits(engine: Any):
     def body(params, state):
         parallel = Parallel(AXIS, experts=plan.layout == "expert")
         model = nnx.merge(plan.graphs[0], params[0])
-        state = prefill(model, None, (), state, _CHUNK, parallel)
-        last = (state.length - 1)[:, None]
-        newest = jnp.take_along_axis(state.tokens, last, axis=1)
-        live = jnp.ones((1, 1), bool)
-        h, *_ = model(newest, state.length - 1, live, state.caches, (), parallel)
-        return parallel.gather(model.logits(h), -1)[0, 0]
+        with plan.tracing():
+            state = prefill(model, None, (), state, _CHUNK, parallel)
+            last = (state.length - 1)[:, None]
+            newest = jnp.take_along_axis(state.tokens, last, axis=1)
+            live = jnp.ones((1, 1), bool)
+            h, *_ = model(newest, state.length - 1, live, state.caches, (), parallel)
+            return parallel.gather(model.logits(h), -1)[0, 0]
 
     run = jax.jit(
         jax.shard_map(

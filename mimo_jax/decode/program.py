@@ -1,5 +1,6 @@
 """The compiled program: prefill and loop in one launch, on one device's shards of everything."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ from mimo_jax.sharding import (
     param_specs,
     shardings,
 )
+from pallas_kernels.expert_ffn import without_kernels
 
 GPU_OPTIONS = {
     # The whole loop is one CUDA graph, its predicate read on the device: no launch by the host.
@@ -67,7 +69,7 @@ class Plan:
 
     Build it with `make_plan`. `params` is the pair (target, drafter) of abstract states; a missing
     drafter is None. `ranks` is 1, or the number of devices of which the mesh's only one is one (see
-    `mimo_jax.decode.rank`).
+    `mimo_jax.decode.rank`). Without `kernels`, programs are XLA's alone, on GPUs too.
     """
 
     config: ModelConfig
@@ -77,6 +79,11 @@ class Plan:
     graphs: tuple[Any, Any]
     params: tuple[nnx.State, nnx.State | None]
     ranks: int = 1
+    kernels: bool = True
+
+    def tracing(self) -> contextlib.AbstractContextManager:
+        """Is entered where the model is traced."""
+        return contextlib.nullcontext() if self.kernels else without_kernels()
 
     @property
     def shards(self) -> int:
@@ -197,10 +204,12 @@ def make_program(plan: Plan, settings: Settings, options: dict[str, Any] | None 
     def body(params, state: State, request: Request) -> State:
         model, drafter = plan.modules(params)
         # XLA's collectives would leave the loop to the host.
-        parallel = plan.parallel.with_mail() if has_mail_on(plan.mesh) else plan.parallel
-        if settings.chunk:
-            state = prefill(model, drafter, plan.taps, state, settings.chunk, parallel)
-        return decode(model, drafter, plan.taps, state, request, settings.block, parallel)
+        mail = plan.kernels and has_mail_on(plan.mesh)
+        parallel = plan.parallel.with_mail() if mail else plan.parallel
+        with plan.tracing():
+            if settings.chunk:
+                state = prefill(model, drafter, plan.taps, state, settings.chunk, parallel)
+            return decode(model, drafter, plan.taps, state, request, settings.block, parallel)
 
     sharded = jax.shard_map(
         body,

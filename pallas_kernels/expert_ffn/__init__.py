@@ -1,6 +1,11 @@
 """The experts' feed-forward network over MXFP4 or dense weights, for a few tokens or many."""
 
-from pallas_kernels.expert_ffn.api import ExpertWeights, expert_ffn, kernel_absence
+from pallas_kernels.expert_ffn.api import (
+    ExpertWeights,
+    expert_ffn,
+    kernel_absence,
+    without_kernels,
+)
 from pallas_kernels.expert_ffn.layout import KernelWeights, pack_experts, unpack_experts
 
 __all__ = [
@@ -10,4 +15,5 @@ __all__ = [
     "kernel_absence",
     "pack_experts",
     "unpack_experts",
+    "without_kernels",
 ]

@@ -1,5 +1,7 @@
 """The public face of the expert FFN: argument checks and the choice of an implementation."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import logging
@@ -133,11 +135,26 @@ def _misfit(x, weights, expert_ids) -> ValueError | None:
     return None
 
 
+_OFF = contextvars.ContextVar("kernels are off", default=False)
+
+
+@contextlib.contextmanager
+def without_kernels():
+    """What is traced meanwhile has none of the package's kernels: to compare with what has them."""
+    before = _OFF.set(True)
+    try:
+        yield
+    finally:
+        _OFF.reset(before)
+
+
 def kernel_absence() -> NotImplementedError | None:
     """Why "mosaic_gpu" cannot run here, whatever its arguments; None if there is no reason.
 
     A machine without a GPU gives none: its programs may be compiled for another.
     """
+    if _OFF.get():
+        return NotImplementedError("implementation='mosaic_gpu' is switched off: without_kernels.")
     if jax.__version_info__ < LEAST_JAX:
         return NotImplementedError(
             "implementation='mosaic_gpu' needs jax >= 0.11.2, on Python 3.12 or newer; here is jax "
