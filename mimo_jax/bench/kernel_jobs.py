@@ -196,15 +196,16 @@ def read_bandwidth(gib: int = 4) -> float:
 
 
 def once(x, weights, ids, shares, slots, launch: Launch, hooks):
-    """One layer's sum and, with a time line, its stamps."""
+    """x and one layer's sum, which one launch adds itself; with a time line, its stamps."""
     if launch.fused:
-        out = run_flow(x, weights, ids, shares, launch=launch, hooks=hooks)
+        out = run_flow(x, weights, ids, shares, x, launch=launch, hooks=hooks)
         return out["y"], out.get("stamps")
     if launch.own_list:
         results = run_ids(x, weights, ids, shares, launch=launch, hooks=hooks)
-        return sum_choices(results, slots.live), None
-    results = run_slots(x, weights, slots, launch=launch, hooks=hooks)
-    return sum_choices(results, slots.live), None
+    else:
+        results = run_slots(x, weights, slots, launch=launch, hooks=hooks)
+    total = sum_choices(results, slots.live)
+    return (x.astype(jnp.float32) + total).astype(jnp.bfloat16), None
 
 
 @functools.partial(
@@ -215,16 +216,16 @@ def layers(x, weights, works, launch, hooks=None, repeats=_REPEATS):
 
     def all_layers(_, x):
         for ids, shares, slots in works:
-            total, _ = once(x, weights, ids, shares, slots, launch, hooks)
-            x = (x.astype(jnp.float32) + 1e-3 * total).astype(jnp.bfloat16)
+            x, _ = once(x, weights, ids, shares, slots, launch, hooks)
         return x
 
     return jax.lax.fori_loop(0, repeats, all_layers, x)
 
 
 def inputs(rng, shape: Shape, t: int, active=None, zipf=0.0):
-    """x, and ids, shares and work list of each layer."""
+    """x, and ids, shares and work list of each layer; shares so small that x stays as it is."""
     ids, shares = (list(map(jnp.asarray, a)) for a in routings(rng, shape, t, active, zipf))
+    shares = [1e-6 * share for share in shares]
     make = jax.jit(make_slots, static_argnums=2)
     works = [(a, b, make(a, b, shape.e)) for a, b in zip(ids, shares, strict=True)]
     return jnp.asarray(rng.normal(size=(t, shape.d)), jnp.bfloat16), works
@@ -280,8 +281,7 @@ def time_line(rng, job: Job, held: dict):
     @functools.partial(jax.jit, compiler_options=GPU_OPTIONS)
     def run(x, weights, works):
         for work in works:
-            total, stamps = once(x, weights, *work, launch, None)
-            x = (x.astype(jnp.float32) + 1e-3 * total).astype(jnp.bfloat16)
+            x, stamps = once(x, weights, *work, launch, None)
         return x, stamps
 
     run(x, weights, works)

@@ -38,6 +38,7 @@ class Launch:
       ahead: the rows of the next slot are loaded during this one's, where registers allow.
       stages: of the ring; None takes what fits.
       ctas: thread blocks, one for each SM.
+      runs: units of the down matrix that a block takes at a time; None is `flow.run_units`. Fused.
       time_line: also return when each warpgroup began and ended what; fused.
     """
 
@@ -47,6 +48,7 @@ class Launch:
     ahead: bool = True
     stages: int | None = None
     ctas: int = 132
+    runs: int | None = None
     time_line: bool = False
 
     def __post_init__(self):

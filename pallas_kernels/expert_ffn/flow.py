@@ -48,6 +48,8 @@ class Flow:
       ctas: thread blocks, one for each SM; all must be resident, for the sum at the end.
       stages: of the ring.
       time_line: also return when each warpgroup began and ended what.
+      runs: units of down in one claim; by default enough that their weights outweigh the hidden
+        rows.
     """
 
     up: Plan
@@ -58,6 +60,7 @@ class Flow:
     ctas: int
     stages: int
     time_line: bool
+    runs: int | None = None
 
     @property
     def consumers(self) -> int:
@@ -66,8 +69,8 @@ class Flow:
 
     @property
     def run_units(self) -> int:
-        """Units of down in one claim: enough that their weights outweigh the hidden rows."""
-        return run_units(self.down)
+        """Units of down in one claim."""
+        return self.runs or run_units(self.down)
 
     @property
     def lag(self) -> int:
@@ -81,7 +84,7 @@ class Flow:
     @property
     def buffers(self) -> int:
         """Places for hidden rows: as many claims as the ring holds, less those that lag."""
-        return x_buffers(self.down, self.stages)
+        return x_buffers(self.down, self.stages, self.run_units)
 
     @property
     def told(self) -> tuple[tuple[str, int, int], ...]:
@@ -196,8 +199,9 @@ class Flow:
     def consume(self, refs):
         """Multiplies what comes, and puts down the sums of each unit."""
         group = lax.axis_index("wg")
-        x = self.hooks[0].operands(self.hooks[0].fetch(refs["x"], None, 0, group))
+        # All blocks read all of x: not before the ids, on which the weights wait, are there.
         plgpu.barrier_wait(refs["listed"])
+        x = self.hooks[0].operands(self.hooks[0].fetch(refs["x"], None, 0, group))
         first, end = self.bounds(refs)
 
         def wait_full(index):
@@ -417,17 +421,17 @@ def rows_shape(down: Plan) -> tuple[int, int]:
     return down.columns // 32, 32 * TOKENS
 
 
-def x_buffers(down: Plan, stages: int) -> int:
+def x_buffers(down: Plan, stages: int, runs: int) -> int:
     """Places for hidden rows."""
-    claims = stages // (run_units(down) * down.parts)
+    claims = stages // (runs * down.parts)
     return max(2, claims - claims // 2 + 1)
 
 
-def flow_stages(up: Plan, down: Plan, listed: int) -> int:
+def flow_stages(up: Plan, down: Plan, listed: int, runs: int | None = None) -> int:
     """Stages of the ring: what shared memory holds beside hidden rows, sums and list."""
     stage, sums = max(4 * p.stage_words for p in (up, down)), 2 * up.warps * 512
     for stages in range(MAX_STAGES, 0, -1):
-        rows = x_buffers(down, stages) * 2 * math.prod(rows_shape(down))
+        rows = x_buffers(down, stages, runs or run_units(down)) * 2 * math.prod(rows_shape(down))
         if stages * stage + rows + sums + listed <= SHARED_BYTES:
             return stages
     return 0
@@ -463,6 +467,7 @@ def make_flow(weights: KernelWeights, t, c, make, grid, launch) -> Flow:
     if (misfit := flow_misfit(up, down, t, c, experts)) is not None:
         raise ValueError(f"fused=True does not fit these weights and tokens: {misfit}.")
     slots = most_slots(t, c, experts)
-    stages = launch.stages or flow_stages(up, down, list_bytes(slots))
+    stages = launch.stages or flow_stages(up, down, list_bytes(slots), launch.runs)
     hooks = make(up, True), make(down, False)
-    return Flow(up, down, hooks, grid, slots, launch.ctas, stages, launch.time_line)
+    more = launch.time_line, launch.runs
+    return Flow(up, down, hooks, grid, slots, launch.ctas, stages, *more)

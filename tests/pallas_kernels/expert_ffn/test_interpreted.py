@@ -59,6 +59,7 @@ def tokens(rng, t):
             for t, experts, launch in (
                 (8, EXPERTS, ONE),
                 (4, EXPERTS, dataclasses.replace(ONE, stages=7, ctas=1)),
+                (8, EXPERTS, dataclasses.replace(ONE, runs=2)),
                 (4, EXPERTS, TWO),
                 (10, 2, dataclasses.replace(TWO, own_list=True)),
                 (4, EXPERTS, dataclasses.replace(TWO, ahead=False)),
