@@ -24,7 +24,7 @@ LAUNCHES: dict[str, Launch] = {
     "one-fence": dataclasses.replace(ONE, release="fence"),
     "one-3": dataclasses.replace(ONE, stages=3),
     "one-5": dataclasses.replace(ONE, stages=5),
-    "one-run-2": dataclasses.replace(ONE, runs=2),
+    "one-run-1": dataclasses.replace(ONE, runs=1),
     "one-run-4": dataclasses.replace(ONE, runs=4),
 }
 SUSPECTS = ("two-none",)
