@@ -152,13 +152,14 @@ def run_arm(name: str, config: TrainConfig, options: argparse.Namespace) -> dict
     folder = Path(config.run.out)
     records = [r for r in read_metrics(folder) if "loss" in r]
     heldout = [r for r in read_metrics(folder) if "heldout_acceptance" in r]
+    times = [r["step_s"] for r in records if "step_s" in r]
     return {
         "arm": name,
         "sets": ARMS[name],
         "steps": len(records),
         "tokens": sum(r["tokens"] for r in records),
         "seconds": records[-1]["seconds"],
-        "step_s": statistics.median(r["step_s"] for r in records if "step_s" in r),
+        "step_s": statistics.median(times) if times else None,
         "heldout": heldout[-1] if heldout else {},
         "acceptance": accept(folder / CHECKPOINT, config, options),
         "recipe": to_dict(config),
