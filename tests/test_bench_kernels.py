@@ -101,7 +101,7 @@ def test_a_time_line_counts_from_the_first_block_that_begins():
     since = np.zeros((3, 5, 6), np.int64)
     since[:, 3] = np.arange(0, 6000, 1000)
     since[:, 4, 0] = -10
-    since[:, 0, 3] = 2990
+    since[:, 0, 2] = 2990
     begins = np.array([1000, 1100, 1200])[:, None, None]
     stamps = np.stack([(begins + since) // 100 * 100, (2 * since - 77) % 2**32], -1)
     found = read_stamps(stamps)

@@ -53,7 +53,7 @@ def _product(axes: str, x: Array, y: Array) -> Array:
 def few_token_linear(
     x: Float[Array, "b t i"],
     weight: Shaped[Array, "*lead i"],
-    scale: Float[Array, "*lead tiles"] | None = None,
+    scale: Float[Array, "*units tiles"] | None = None,
     *,
     unit: int = fp8.TILE,
     norm: "RMSNorm | None" = None,
