@@ -24,7 +24,7 @@ from mimo_jax.errors import MimoError
 from mimo_jax.planning.memory import check_memory
 from mimo_jax.sharding import RULES, AnyMesh, make_mesh
 from mimo_jax.text.tokenizer import Tokenizer
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import kernel_absence
 
 DEFAULT_MAX_LEN = 4096
 """Cache length where the model's context is longer and none is asked for."""

@@ -20,7 +20,7 @@ from typing import Any
 from mimo_jax.bench.card import environment, print_json, print_table
 from mimo_jax.bench.kernel_cases import LAUNCHES, Job, jobs_for, launches_of
 from mimo_jax.errors import MimoError
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import kernel_absence
 from pallas_kernels.expert_ffn.shapes import SHAPES
 
 _START_S = 60.0

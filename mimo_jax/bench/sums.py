@@ -19,7 +19,7 @@ from typing import Any
 from mimo_jax.bench import kernels
 from mimo_jax.bench.card import environment, print_json, print_table
 from mimo_jax.errors import MimoError
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import kernel_absence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

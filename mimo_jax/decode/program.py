@@ -30,7 +30,7 @@ from mimo_jax.sharding import (
     param_specs,
     shardings,
 )
-from pallas_kernels.expert_ffn import without_kernels
+from pallas_kernels.choice import without_kernels
 
 GPU_OPTIONS = {
     # The whole loop is one CUDA graph, its predicate read on the device: no launch by the host.

@@ -1,11 +1,8 @@
 """The public face of sums over devices: argument checks and the choice of an implementation."""
 
-import functools
-import logging
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped, UInt32
@@ -13,9 +10,9 @@ from jaxtyping import Array, Shaped, UInt32
 from pallas_kernels.all_sum.mail import EMPTY, MOST_BYTES, MOST_DEVICES, Mail
 from pallas_kernels.all_sum.ptx import KINDS, exchange_of
 from pallas_kernels.all_sum.reference import all_gather_reference, all_sum_reference
-from pallas_kernels.expert_ffn.api import IMPLEMENTATIONS, kernel_absence
+from pallas_kernels.choice import check_name, choose, kernel_absence
 
-_log = logging.getLogger("pallas_kernels")
+_WITHOUT = "A sum over devices is XLA's"
 
 
 def open_mail(
@@ -49,7 +46,9 @@ def open_mail(
 
         return open_mail_mosaic(axis, most_bytes)
 
-    return _choose(implementation, kernel_absence(), opened, shut)
+    check_name(implementation)
+    options = dict(kernel=opened, reference=shut, refusal=kernel_absence(), without=_WITHOUT)
+    return choose(implementation, (), **options)
 
 
 def all_sum(
@@ -119,8 +118,7 @@ def misfit(x, words: int, devices: int) -> ValueError | None:
 
 
 def _exchange(x, mail, axis, implementation, *, total):
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    check_name(implementation)
     meaning = all_sum_reference if total else all_gather_reference
 
     def reference(x, mail):
@@ -132,57 +130,5 @@ def _exchange(x, mail, axis, implementation, *, total):
         return exchange_mosaic(x, mail, axis, total=total)
 
     reason = misfit(x, mail.size, lax.axis_size(axis)) or kernel_absence()
-    return _choose(implementation, reason, kernel, reference, x, mail)
-
-
-def _choose(implementation, reason, kernel, reference, *arguments):
-    """Calls what was named, or what suits the platform of the program."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
-    if implementation == "reference":
-        return reference(*arguments)
-    if implementation == "mosaic_gpu":
-        if reason is not None:
-            raise reason
-        refuse = functools.partial(_refuse, jax.eval_shape(reference, *arguments))
-        return lax.platform_dependent(*arguments, cuda=kernel, default=refuse)
-    if reason is None:
-        return lax.platform_dependent(*arguments, cuda=kernel, default=reference)
-    if jax.default_backend() == "gpu":
-        _log_once(str(reason))
-    return reference(*arguments)
-
-
-def _refuse(results, *_):
-    """Stands for the kernel in programs for other platforms; to lower it raises."""
-    leaves, tree = jax.tree.flatten(results)
-    kinds = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
-    return tree.unflatten(_refusal().bind(kinds=kinds))
-
-
-@functools.cache
-def _refusal():
-    from jax.core import ShapedArray
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir
-
-    primitive = Primitive("all_sum_mosaic_gpu_elsewhere")
-    primitive.multiple_results = True
-    primitive.def_abstract_eval(
-        lambda kinds: [ShapedArray(shape, jnp.dtype(name)) for shape, name in kinds]
-    )
-
-    def lower(context, **_):
-        platforms = context.module_context.platforms
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
-            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
-        )
-
-    mlir.register_lowering(primitive, lower)
-    return primitive
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _log.warning("A sum over devices is XLA's: %s", reason)
+    options = dict(kernel=kernel, reference=reference, refusal=reason, without=_WITHOUT)
+    return choose(implementation, (x, mail), **options)

@@ -1,7 +1,6 @@
 """The public face of decode attention: argument checks and the choice of an implementation."""
 
 import functools
-import logging
 from collections.abc import Callable
 
 import jax
@@ -12,13 +11,10 @@ from pallas_kernels.attention.reference import (
     decode_attention_reference,
     draft_attention_reference,
 )
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import check_name, choose, kernel_absence
 
-IMPLEMENTATIONS = ("auto", "reference", "mosaic_gpu")
 MOST_TOKENS = 16
 """Rows of a block that the kernels take."""
-
-_log = logging.getLogger("pallas_kernels")
 
 
 def decode_attention(
@@ -204,21 +200,21 @@ def draft_attention(
 
 def _run(kernel: str, options: dict, reference, arguments, refusal, implementation: str):
     """The kernel of that name where it can run and may, else the reference."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
-    if implementation == "reference":
-        return reference(*arguments)
-    if refusal is None:
+    check_name(implementation)
+
+    def run(*arguments):
         from pallas_kernels.attention import mosaic_gpu
 
-        run = functools.partial(getattr(mosaic_gpu, kernel), **options)
-        other = reference if implementation == "auto" else _refuse(run)
-        return jax.lax.platform_dependent(*arguments, cuda=run, default=other)
-    if implementation == "mosaic_gpu":
-        raise refusal
-    if jax.default_backend() == "gpu":
-        _log_once(str(refusal))
-    return reference(*arguments)
+        return getattr(mosaic_gpu, kernel)(*arguments, **options)
+
+    return choose(
+        implementation,
+        arguments,
+        kernel=run,
+        reference=reference,
+        refusal=refusal,
+        without="Decode attention runs on the slow reference",
+    )
 
 
 def _reference(q, keys, values, start, live, sink, *, window):
@@ -289,41 +285,3 @@ def _shapeless(why: str | None) -> ValueError | None:
     return ValueError(
         f"implementation='mosaic_gpu' cannot take {why}: use implementation='reference'."
     )
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _log.warning("Decode attention runs on the slow reference: %s", reason)
-
-
-def _refuse(kernel):
-    """Stands for the kernel in programs for other platforms; to lower it raises."""
-
-    def refuse(*arguments):
-        shapes = jax.eval_shape(kernel, *arguments)
-        leaves, tree = jax.tree.flatten(shapes)
-        found = _refusal().bind(shapes=tuple((x.shape, x.dtype) for x in leaves))
-        return jax.tree.unflatten(tree, found)
-
-    return refuse
-
-
-@functools.cache
-def _refusal():
-    from jax.core import ShapedArray
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir
-
-    primitive = Primitive("decode_attention_mosaic_gpu_elsewhere")
-    primitive.multiple_results = True
-    primitive.def_abstract_eval(lambda *, shapes: [ShapedArray(*shape) for shape in shapes])
-
-    def lower(context, **_):
-        platforms = context.module_context.platforms
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
-            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
-        )
-
-    mlir.register_lowering(primitive, lower)
-    return primitive

@@ -1,26 +1,17 @@
 """The public face of the expert FFN: argument checks and the choice of an implementation."""
 
-import contextlib
-import contextvars
 import dataclasses
-import functools
-import logging
 
 import jax
 from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
+from pallas_kernels.choice import check_name, choose, kernel_absence
 from pallas_kernels.expert_ffn.layout import KernelWeights, unpack_experts
 from pallas_kernels.expert_ffn.reference import expert_ffn_reference
 from pallas_kernels.mxfp4 import BLOCK
 
-IMPLEMENTATIONS = ("auto", "reference", "mosaic_gpu")
-LEAST_JAX = (0, 11, 2)
-"""The first jax whose Mosaic GPU the kernel is written for; it needs Python 3.12."""
 MOST_CHOICES = 1 << 15
 """Choices (tokens times choices a token) of a kernel call: its work list compares all pairs."""
-HOPPER = "9."
-
-_log = logging.getLogger("pallas_kernels")
 
 
 @jax.tree_util.register_dataclass
@@ -81,24 +72,23 @@ def expert_ffn(
       ValueError: on shapes, types or weights that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    check_name(implementation)
     _check(x, weights, expert_ids, routing)
     _check_residual(x, residual)
-    arguments = x, weights, expert_ids, routing, residual, ahead
-    if implementation == "reference":
-        return _reference(*arguments)
-    refusal = _misfit(x, weights, expert_ids) or kernel_absence()
-    if refusal is None:
-        from pallas_kernels.expert_ffn.mosaic_gpu import expert_ffn_mosaic
+    return choose(
+        implementation,
+        (x, weights, expert_ids, routing, residual, ahead),
+        kernel=_kernel,
+        reference=_reference,
+        refusal=_misfit(x, weights, expert_ids) or kernel_absence(),
+        without="Experts run on the slow reference",
+    )
 
-        other = _reference if implementation == "auto" else _refuse
-        return jax.lax.platform_dependent(*arguments, cuda=expert_ffn_mosaic, default=other)
-    if implementation == "mosaic_gpu":
-        raise refusal
-    if jax.default_backend() == "gpu":
-        _log_once(str(refusal))
-    return _reference(*arguments)
+
+def _kernel(*arguments):
+    from pallas_kernels.expert_ffn.mosaic_gpu import expert_ffn_mosaic
+
+    return expert_ffn_mosaic(*arguments)
 
 
 def _reference(x, weights, expert_ids, routing, residual, ahead):
@@ -133,71 +123,6 @@ def _misfit(x, weights, expert_ids) -> ValueError | None:
             f"{expert_ids.shape} has {expert_ids.size}: call it for fewer tokens."
         )
     return None
-
-
-_OFF = contextvars.ContextVar("kernels are off", default=False)
-
-
-@contextlib.contextmanager
-def without_kernels():
-    """What is traced meanwhile has none of the package's kernels: to compare with what has them."""
-    before = _OFF.set(True)
-    try:
-        yield
-    finally:
-        _OFF.reset(before)
-
-
-def kernel_absence() -> NotImplementedError | None:
-    """Why "mosaic_gpu" cannot run here, whatever its arguments; None if there is no reason.
-
-    A machine without a GPU gives none: its programs may be compiled for another.
-    """
-    if _OFF.get():
-        return NotImplementedError("implementation='mosaic_gpu' is switched off: without_kernels.")
-    if jax.__version_info__ < LEAST_JAX:
-        return NotImplementedError(
-            "implementation='mosaic_gpu' needs jax >= 0.11.2, on Python 3.12 or newer; here is jax "
-            f"{jax.__version__}. Install mimo-jax[cuda13] there, or use implementation='reference'."
-        )
-    if jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-        capability = str(getattr(device, "compute_capability", "unknown"))
-        if not capability.startswith(HOPPER):
-            return NotImplementedError(
-                f"implementation='mosaic_gpu' is for Hopper GPUs (compute capability 9.0); "
-                f"{device.device_kind} has {capability}. Use implementation='reference'."
-            )
-    return None
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _log.warning("Experts run on the slow reference: %s", reason)
-
-
-def _refuse(x, weights, expert_ids, routing, residual, ahead):
-    """Stands for the kernel in programs for other platforms; to lower it raises."""
-    return _refusal().bind(x, dtype="float32" if residual is None else "bfloat16")
-
-
-@functools.cache
-def _refusal():
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir
-
-    primitive = Primitive("expert_ffn_mosaic_gpu_elsewhere")
-    primitive.def_abstract_eval(lambda x, dtype: x.update(dtype=jax.numpy.dtype(dtype)))
-
-    def lower(context, _, **__):
-        platforms = context.module_context.platforms
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
-            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
-        )
-
-    mlir.register_lowering(primitive, lower)
-    return primitive
 
 
 def _check_residual(x, residual):

@@ -1,14 +1,12 @@
 """The public face of the few-token linear: argument checks and the choice of an implementation."""
 
 import functools
-import logging
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels.expert_ffn.api import IMPLEMENTATIONS, kernel_absence
+from pallas_kernels.choice import check_name, choose, kernel_absence
 from pallas_kernels.linear.plan import SEGMENT, plan_for
 from pallas_kernels.linear.reference import linear_reference
 
@@ -16,8 +14,6 @@ MOST_TOKENS = 16
 """Rows of x for which the kernel is made; XLA's own product is better for many."""
 UNITS = (64, 128)
 """Rows that can share a scale."""
-
-_log = logging.getLogger("pallas_kernels")
 
 
 def linear(
@@ -62,29 +58,20 @@ def linear(
       ValueError: on shapes, types or weights that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    check_name(implementation)
     _check(x, weight, scale, norm, residual, out_dtype)
     options = dict(epsilon=epsilon, out_dtype=jnp.dtype(out_dtype))
-    arguments = x, weight, scale, norm, residual
-    if implementation == "reference":
-        return _reference(*arguments, **options)
-    other = elsewhere or functools.partial(_reference, **options)
-    refusal = misfit(x, weight) or kernel_absence()
-    if refusal is None:
-        if implementation == "mosaic_gpu":
-            other = functools.partial(_refuse, out_dtype=options["out_dtype"])
-        return jax.lax.platform_dependent(
-            *arguments,
-            ahead,
-            cuda=functools.partial(_kernel, **options),
-            default=lambda *arguments: other(*arguments[:-1]),
-        )
-    if implementation == "mosaic_gpu":
-        raise refusal
-    if jax.default_backend() == "gpu":
-        _log_once(str(refusal))
-    return other(*arguments)
+    reference = functools.partial(_reference, **options)
+    if implementation == "auto" and elsewhere is not None:
+        reference = elsewhere
+    return choose(
+        implementation,
+        (x, weight, scale, norm, residual, ahead),
+        kernel=functools.partial(_kernel, **options),
+        reference=lambda *arguments: reference(*arguments[:-1]),
+        refusal=misfit(x, weight) or kernel_absence(),
+        without="A linear runs on the slow reference",
+    )
 
 
 def _kernel(x, weight, scale, norm, residual, ahead, *, epsilon, out_dtype):
@@ -121,37 +108,6 @@ def misfit(x, weight) -> ValueError | None:
             f"{weight.shape}: use implementation='reference'."
         )
     return None
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _log.warning("A linear runs on the slow reference: %s", reason)
-
-
-def _refuse(x, weight, scale, norm, residual, *, out_dtype):
-    """Stands for the kernel in programs for other platforms; to lower it raises."""
-    return _refusal().bind(x, n=weight.shape[0], out_dtype=out_dtype)
-
-
-@functools.cache
-def _refusal():
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir
-
-    primitive = Primitive("linear_mosaic_gpu_elsewhere")
-    primitive.def_abstract_eval(
-        lambda x, *, n, out_dtype: x.update(shape=(x.shape[0], n), dtype=out_dtype)
-    )
-
-    def lower(context, _, **__):
-        platforms = context.module_context.platforms
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
-            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
-        )
-
-    mlir.register_lowering(primitive, lower)
-    return primitive
 
 
 def _check(x, weight, scale, norm, residual, out_dtype):

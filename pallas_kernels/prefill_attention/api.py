@@ -1,20 +1,16 @@
 """The public face of prefill attention: argument checks and the choice of an implementation."""
 
 import functools
-import logging
 
-import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import check_name, choose, kernel_absence
 from pallas_kernels.prefill_attention.blocks import prefill_attention_blocks
 from pallas_kernels.prefill_attention.reference import prefill_attention_reference
 
 IMPLEMENTATIONS = ("auto", "reference", "blocks", "mosaic_gpu")
 ALIGN = 128
 """Tiles of keys begin at multiples of it: `first` must be one for bits that no cut changes."""
-
-_log = logging.getLogger("pallas_kernels")
 
 
 def prefill_attention(
@@ -63,8 +59,7 @@ def prefill_attention(
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    check_name(implementation, IMPLEMENTATIONS)
     _check(q, keys, values, start, live, first, window, sink)
     arguments = q, keys, values, start, live, first, sink
     if implementation == "reference":
@@ -72,18 +67,20 @@ def prefill_attention(
     blocks = functools.partial(prefill_attention_blocks, window=window)
     if implementation == "blocks":
         return blocks(*arguments)
-    refusal = _misfit(q, keys, values) or kernel_absence()
-    if refusal is None:
+
+    def kernel(*arguments):
         from pallas_kernels.prefill_attention.mosaic_gpu import prefill_attention_mosaic
 
-        kernel = functools.partial(prefill_attention_mosaic, window=window)
-        other = blocks if implementation == "auto" else _refuse
-        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=other)
-    if implementation == "mosaic_gpu":
-        raise refusal
-    if jax.default_backend() == "gpu":
-        _log_once(str(refusal))
-    return blocks(*arguments)
+        return prefill_attention_mosaic(*arguments, window=window)
+
+    return choose(
+        implementation,
+        arguments,
+        kernel=kernel,
+        reference=blocks,
+        refusal=_misfit(q, keys, values) or kernel_absence(),
+        without="Prefill attention runs in blocks of jnp, which is slow",
+    )
 
 
 def _check(q, keys, values, start, live, first, window, sink):
@@ -125,32 +122,3 @@ def _misfit(q, keys, values) -> ValueError | None:
     return ValueError(
         f"implementation='mosaic_gpu' cannot take {why}: use implementation='blocks'."
     )
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _log.warning("Prefill attention runs in blocks of jnp, which is slow: %s", reason)
-
-
-def _refuse(q, keys, values, start, live, first, sink):
-    """Stands for the kernel in programs for other platforms; to lower it raises."""
-    return _refusal().bind(q, v=values.shape[3])
-
-
-@functools.cache
-def _refusal():
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir
-
-    primitive = Primitive("prefill_attention_mosaic_gpu_elsewhere")
-    primitive.def_abstract_eval(lambda q, v: q.update(shape=(*q.shape[:3], v)))
-
-    def lower(context, _, **params):
-        platforms = context.module_context.platforms
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
-            f"{', '.join(platforms)}. Use implementation='auto' or 'blocks'."
-        )
-
-    mlir.register_lowering(primitive, lower)
-    return primitive

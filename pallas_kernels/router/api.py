@@ -1,15 +1,13 @@
 """The public face of the router: argument checks and the choice of an implementation."""
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
-from pallas_kernels.expert_ffn.api import IMPLEMENTATIONS, kernel_absence
+from pallas_kernels.choice import check_name, choose, kernel_absence
 from pallas_kernels.router.plan import plan_for
 from pallas_kernels.router.reference import route_reference
 
@@ -97,35 +95,29 @@ def route(
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}.")
+    check_name(implementation)
     _check(h, norm, weight, bias, choices, update, live)
     options = dict(choices=choices, epsilon=epsilon, normalise=normalise, scale=scale)
-    arguments = h, norm, weight, bias, update, live
-    reference = functools.partial(route_reference, **options)
-    if implementation == "reference":
-        return Routed(*reference(*arguments))
-    if implementation == "auto" and elsewhere is not None:
 
-        def reference(h, norm, weight, bias, update, live):
-            return elsewhere(h, update, live)
+    def reference(h, norm, weight, bias, update, live, _):
+        if implementation == "auto" and elsewhere is not None:
+            return tuple(elsewhere(h, update, live))
+        return tuple(route_reference(h, norm, weight, bias, update, live, **options))
 
-    refusal = misfit(h, norm, weight, choices, counter, word) or kernel_absence()
-    if refusal is None:
+    def kernel(*arguments):
         from pallas_kernels.router.mosaic_gpu import route_mosaic
 
-        def other(*given):
-            if implementation == "auto":
-                return reference(*given[:-1])
-            return tuple(_refusal().bind(given[0], given[2], choices=choices))
+        return tuple(route_mosaic(*arguments, word=word, **options))
 
-        kernel = functools.partial(route_mosaic, word=word, **options)
-        return Routed(*jax.lax.platform_dependent(*arguments, counter, cuda=kernel, default=other))
-    if implementation == "mosaic_gpu":
-        raise refusal
-    if jax.default_backend() == "gpu":
-        _log_once(str(refusal))
-    return Routed(*reference(*arguments))
+    found = choose(
+        implementation,
+        (h, norm, weight, bias, update, live, counter),
+        kernel=kernel,
+        reference=reference,
+        refusal=misfit(h, norm, weight, choices, counter, word) or kernel_absence(),
+        without="A router runs on the slow reference",
+    )
+    return Routed(*found)
 
 
 def misfit(h, norm, weight, choices: int, counter, word: int = 0) -> ValueError | None:
@@ -154,42 +146,6 @@ def misfit(h, norm, weight, choices: int, counter, word: int = 0) -> ValueError 
     return ValueError(
         f"implementation='mosaic_gpu' takes {why}, or use implementation='reference'."
     )
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _log.warning("A router runs on the slow reference: %s", reason)
-
-
-@functools.cache
-def _refusal():
-    """Stands for the kernel in programs for other platforms; to lower it raises."""
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir
-
-    primitive = Primitive("router_mosaic_gpu_elsewhere")
-    primitive.multiple_results = True
-
-    def outputs(h, weight, *, choices):
-        shape = h.shape[0], choices
-        ids, weights = ((shape, jnp.dtype(kind)) for kind in ("int32", "float32"))
-        return [
-            h,
-            *(h.update(shape=shape, dtype=dtype) for shape, dtype in (ids, weights)),
-            h,
-        ]
-
-    primitive.def_abstract_eval(outputs)
-
-    def lower(context, *_, **__):
-        platforms = context.module_context.platforms
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' runs on Hopper GPUs; this program is for "
-            f"{', '.join(platforms)}. Use implementation='auto' or 'reference'."
-        )
-
-    mlir.register_lowering(primitive, lower)
-    return primitive
 
 
 def _check(h, norm, weight, bias, choices, update, live):

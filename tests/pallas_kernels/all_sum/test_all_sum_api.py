@@ -15,7 +15,7 @@ from mimo_jax.sharding import AXIS, Parallel
 from pallas_kernels.all_sum import all_gather, all_sum, has_mail, misfit, open_mail
 from pallas_kernels.all_sum.mail import Mail
 from pallas_kernels.all_sum.shapes import SHAPES
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import kernel_absence
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint32)
 WORDS = Mail.holding(8, 1 << 16).words

@@ -12,7 +12,7 @@ import pytest
 import mimo_jax
 from mimo_jax.bench import sums_jobs
 from mimo_jax.sharding import make_mesh
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import kernel_absence
 
 pytestmark = [
     pytest.mark.gpu8(least=2),

@@ -11,6 +11,7 @@ import pytest
 from expert_cases import distance, oracle, random_experts, random_routing
 from jax.sharding import Mesh, PartitionSpec
 
+from pallas_kernels.choice import log_once
 from pallas_kernels.expert_ffn import api, expert_ffn, pack_experts, unpack_experts
 
 T, D, F, EXPERTS, CHOICES = 5, 256, 128, 6, 3
@@ -86,7 +87,7 @@ def pretend_gpu(monkeypatch, capability):
     device = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    api._log_once.cache_clear()
+    log_once.cache_clear()
 
 
 @pytest.mark.skipif(not NEW_JAX, reason="older jax is refused before the GPU")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from expert_cases import distance, random_experts, random_routing
 
-from pallas_kernels.expert_ffn import expert_ffn, kernel_absence, pack_experts
+from pallas_kernels.choice import kernel_absence
+from pallas_kernels.expert_ffn import expert_ffn, pack_experts
 from pallas_kernels.expert_ffn.shapes import SHAPES
 
 if not kernel_absence():

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from linear_cases import CODES, oracle, random_case
 
-from pallas_kernels.expert_ffn import api as expert_api
+from pallas_kernels.choice import log_once
 from pallas_kernels.linear import api, linear
 from pallas_kernels.linear.plan import Plan
 
@@ -84,9 +84,9 @@ def test_the_kernel_by_name_refuses_a_cpu_in_words(fp8):
 @pytest.mark.skipif(not NEW_JAX, reason="older jax is refused before the GPU")
 def test_another_gpu_is_logged_once_by_auto(fp8, monkeypatch, caplog):
     device = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
-    monkeypatch.setattr(expert_api.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(expert_api.jax, "devices", lambda: [device])
-    api._log_once.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    log_once.cache_clear()
     with caplog.at_level(logging.WARNING, "pallas_kernels"):
         for _ in range(3):
             jax.eval_shape(linear, *fp8[:3])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from linear_cases import random_case
 
-from pallas_kernels.linear import kernel_absence, linear, plan_for
+from pallas_kernels.choice import kernel_absence
+from pallas_kernels.linear import linear, plan_for
 from pallas_kernels.linear.shapes import SHAPES
 
 pytestmark = [

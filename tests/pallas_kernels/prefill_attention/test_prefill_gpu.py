@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import kernel_absence
 
 pytestmark = [
     pytest.mark.gpu,

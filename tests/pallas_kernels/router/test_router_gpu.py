@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from router_cases import choose, close_calls, normed, random_case, scores
 
-from pallas_kernels.expert_ffn import kernel_absence
+from pallas_kernels.choice import kernel_absence
 from pallas_kernels.router import new_counter, route
 from pallas_kernels.router.shapes import SHAPES
 
