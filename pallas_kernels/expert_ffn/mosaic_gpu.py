@@ -48,7 +48,7 @@ def run_slots(x, weights: KernelWeights, slots: Slots, *, launch=None, interpret
       interpret: Pallas' interpreter parameters, to run on a CPU.
       hooks: makes the `Hooks` of a matrix from its plan and whether its rows are gate and up.
     """
-    launch = launch or Launch()
+    launch = launch or default_launch()
     inputs = {name: getattr(slots, name) for name in ("count", "expert", "choice", "share")}
     if x.shape[0] > TOKENS:
         inputs["token"] = slots.token
@@ -106,14 +106,25 @@ def run_flow(
     return call(interpret, call(interpret, jnp.zeros(shape, jnp.bfloat16))["hidden"])
 
 
+def default_launch() -> Launch:
+    """A thread block for each SM that there is: other Hopper GPUs have fewer than an H200's 132."""
+    launch = Launch()
+    return dataclasses.replace(launch, ctas=min(launch.ctas, _multiprocessors(launch.ctas)))
+
+
+def _multiprocessors(otherwise: int) -> int:
+    """SMs of the GPU; without one, whose program may be compiled for another, what is given."""
+    device = jax.devices()[0]
+    return getattr(device, "core_count", otherwise) if device.platform == "gpu" else otherwise
+
+
 def _check_resident(launch):
     """Blocks that wait for each other must all be on the GPU; one takes an SM for itself."""
-    device = jax.devices()[0]
-    there = getattr(device, "core_count", launch.ctas)
-    if device.platform == "gpu" and there < launch.ctas:
+    there = _multiprocessors(launch.ctas)
+    if there < launch.ctas:
         raise ValueError(
             f"{launch.ctas} thread blocks that wait for each other need as many SMs; "
-            f"{device.device_kind} has {there}: use that many `ctas`, or two launches."
+            f"{jax.devices()[0].device_kind} has {there}: use that many `ctas`, or two launches."
         )
 
 
@@ -159,7 +170,7 @@ def expert_ffn_mosaic(
 
     Only one launch for both passes brings `ahead` nearer.
     """
-    x, launch = x.astype(jnp.bfloat16), launch or Launch()
+    x, launch = x.astype(jnp.bfloat16), launch or default_launch()
     (t, c), experts = expert_ids.shape, weights.gate_up.shape[0]
     plans = weights.gate_up_plan, weights.down_plan
     if launch.fused and flow_misfit(*plans, t, c, experts) is None:
