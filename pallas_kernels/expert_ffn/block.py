@@ -34,7 +34,7 @@ class Launch:
       fused: both passes in one launch (`flow.py`), where they fit one; all `ctas` must be resident.
       own_list: each block lists the slots itself, from the ids; for at most 16 tokens and 128
         choices. A fused launch always does.
-      release: how a stage is given back to the copy engine, see `lanes.Lanes.free`.
+      release: how a stage is given back to the copy engine, see `lanes.Lanes.multiply`.
       ahead: the rows of the next slot are loaded during this one's, where registers allow.
       stages: of the ring; None takes what fits.
       ctas: thread blocks, one for each SM.
