@@ -18,6 +18,7 @@ from mimo_jax.compilation import use_compilation_cache
 from mimo_jax.config import AnyDrafterConfig, ModelConfig
 from mimo_jax.decode.batch import CHUNKS
 from mimo_jax.decode.kernel_weights import kernel_plan, pack_params
+from mimo_jax.decode.output_fp8 import output_fp8_plan, quantize_output_params
 from mimo_jax.decode.program import Plan, Settings, make_plan
 from mimo_jax.engine import DRAFTERS, Engine
 from mimo_jax.errors import MimoError
@@ -43,6 +44,7 @@ def load(
     max_len: int | None = None,
     experts: str = "auto",
     linear: str = "decoded",
+    o_proj: str = "stored",
     layout: str = "tensor",
     kernel: bool = True,
     dtype: Any = None,
@@ -67,6 +69,9 @@ def load(
       linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
         memory.
+      o_proj: what becomes of attention's output projections: "stored" keeps them as the checkpoint
+        has them; "fp8" quantises them here, which changes them and halves what they take of memory
+        and of a decoding step.
       layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
       kernel: on Hopper GPUs, run what `pallas_kernels` has kernels for by them; False is for
         comparing with XLA's own programs.
@@ -87,6 +92,8 @@ def load(
     dtype = _dtype(dtype, on_cpu)
     mode = _experts(experts, checkpoint, dtype, on_cpu)
     fp8 = _linear(linear, checkpoint)
+    if o_proj not in ("stored", "fp8"):
+        raise MimoError(f"o_proj={o_proj!r} is not allowed: it must be 'stored' or 'fp8'.")
     max_len = _max_len(max_len, checkpoint.config)
     tokenizer = _tokenizer(checkpoint)
     use_compilation_cache()
@@ -106,8 +113,11 @@ def load(
 
     block = 1 if drafted is None else drafted.block_size
     plan = check_memory(declared, mesh, Settings(1, max_len, block, CHUNKS[-1], dtype))
+    rewritten = output_fp8_plan(plan) if o_proj == "fp8" else plan
     start = time.perf_counter()
     params = jax.block_until_ready(_load_params(checkpoint, other, plan, say))
+    if rewritten is not plan:
+        plan, params = rewritten, quantize_output_params(plan, rewritten, params)
     plan = dataclasses.replace(plan, kernels=kernel)
     if mode == "packed" and kernel and not on_cpu:
         plan, params = _for_kernel(plan, params, dtype)

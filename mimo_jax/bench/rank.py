@@ -29,6 +29,7 @@ from mimo_jax.bench.rank_run import GREEDY, SAMPLED, Runner, must_read, shorten,
 from mimo_jax.bench.rank_weights import random_params
 from mimo_jax.checkpoint.xiaomi import FP8
 from mimo_jax.decode.kernel_weights import kernel_plan
+from mimo_jax.decode.output_fp8 import output_fp8_plan
 from mimo_jax.decode.program import Plan, Settings, make_plan
 from mimo_jax.decode.rank import rank_plan
 from mimo_jax.errors import MimoError
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--linear", choices=("auto", "fp8", "bf16"), default="auto", help="default: as released"
+    )
+    parser.add_argument(
+        "--o-proj",
+        choices=("stored", "fp8"),
+        default="stored",
+        help="attention's output projections: in bfloat16 (default), or FP8",
     )
     parser.add_argument(
         "--no-kernel", action="store_true", help="experts as in checkpoints, without their kernel"
@@ -126,8 +133,10 @@ class Bench:
         fp8 = stored_fp8 if options.linear == "auto" else options.linear == "fp8"
         make = {"packed": True, "fp8": fp8, "dtype": DTYPE}
         mesh, devices = abstract_mesh(options.ranks), make_mesh(1)
-        self.whole = make_plan(self.config, self.drafter, mesh, **make)
-        self.whole_plain = make_plan(self.config, None, mesh, **make)
+        wholes = [make_plan(self.config, drafter, mesh, **make) for drafter in (self.drafter, None)]
+        if options.o_proj == "fp8":
+            wholes = [output_fp8_plan(whole) for whole in wholes]
+        self.whole, self.whole_plain = wholes
 
         def one(plan: Plan) -> Plan:
             try:
@@ -139,6 +148,7 @@ class Bench:
         self.result |= {
             "layers": self.config.num_hidden_layers,
             "linear": "fp8" if fp8 else "bf16",
+            "o_proj": options.o_proj,
             "experts": "checkpoint order" if options.no_kernel else "kernel order",
         }
 

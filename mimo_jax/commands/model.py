@@ -41,6 +41,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="FP8 weights decoded once (default), or at each use: less memory",
     )
     group.add_argument(
+        "--o-proj",
+        choices=("stored", "fp8"),
+        default="stored",
+        help="attention's output projections as stored (default), or quantised: half the bytes",
+    )
+    group.add_argument(
         "--drafter",
         choices=tuple(DRAFTERS),
         default="auto",
@@ -68,4 +74,5 @@ def load_model(options: argparse.Namespace) -> "Engine":
         max_len=options.max_len,
         experts=options.experts,
         linear=options.linear,
+        o_proj=options.o_proj,
     )

@@ -10,12 +10,12 @@ from mimo_jax.config import AttentionConfig
 from mimo_jax.model.layers import (
     INIT_SCALE,
     RMSNorm,
-    decoded,
     few_token_linear,
-    linear,
     rope,
     rotary_angles,
+    stored_linear,
     tile_scales,
+    value,
 )
 from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
@@ -34,7 +34,7 @@ class Attention(nnx.Module):
 
     If `quantized`, it is FP8, and `qkv_scale` [groups, rows/unit, ceil(d/128)] has a scale for each
     `config.scale_unit` rows of 128 columns: released checkpoints lay tiles of 128 rows across the
-    borders of heads.
+    borders of heads. `output` is FP8, with `output_scale`, only after `quantize_output`.
     """
 
     def __init__(
@@ -48,7 +48,14 @@ class Attention(nnx.Module):
         self.qkv = param(rngs, (groups, rows, d), axes, fp8.CODES if quantized else dtype, init)
         self.qkv_scale = tile_scales(rngs, shape, axes, quantized)
         self.output = param(rngs, (d, n * config.v_head_dim), (None, "heads"), dtype, init)
+        self.output_scale: nnx.Param | None = nnx.data(None)
         self.sink = param(rngs, (n,), ("heads",), dtype, normal(1.0)) if config.sink else None
+
+    def quantize_output(self) -> None:
+        """Makes the output projection FP8, on one device's share of it."""
+        codes, scales = fp8.quantize_on_device(self.output[...])
+        self.output = nnx.Param(codes, logical_axes=(None, "heads"))
+        self.output_scale = nnx.Param(scales, logical_axes=(None, "heads"))
 
     @jax.named_scope("attention_project")
     def project(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):
@@ -57,17 +64,18 @@ class Attention(nnx.Module):
 
     def fused(self, x: Float[Array, "b t d"]) -> Float[Array, "b t k rows"]:
         """Each group's queries, its key and its value, side by side as they are projected."""
-        weight = decoded(self.qkv, self.qkv_scale, x, self.config.scale_unit)
-        groups, rows, _ = weight.shape
-        return linear(x, weight.reshape(groups * rows, -1)).reshape(*x.shape[:2], groups, rows)
+        groups, rows, d = self.qkv.shape
+        weight, scale = self.qkv[...].reshape(-1, d), value(self.qkv_scale)
+        scale = None if scale is None else scale.reshape(-1, scale.shape[-1])
+        y = stored_linear(x, weight, scale, self.config.scale_unit)
+        return y.reshape(*x.shape[:2], groups, rows)
 
     @jax.named_scope("attention_project")
     def fused_few(self, h: Float[Array, "b t d"], norm: RMSNorm) -> Float[Array, "b t k rows"]:
         """The same of norm(h), for the few rows of a decoded block."""
         groups, rows, _ = self.qkv.shape
-        scale = None if self.qkv_scale is None else self.qkv_scale[...]
         options = dict(unit=self.config.scale_unit, norm=norm, ahead=self.output)
-        y = few_token_linear(h, self.qkv[...], scale, **options)
+        y = few_token_linear(h, self.qkv[...], value(self.qkv_scale), **options)
         return y.reshape(*h.shape[:2], groups, rows)
 
     def split(self, fused: Float[Array, "b t k rows"], positions: Int32[Array, "b t"]):
@@ -92,8 +100,7 @@ class Attention(nnx.Module):
 
         In programs for a GPU that is a kernel, from the product on, where the block fits one.
         """
-        config, start = self.config, positions[:, 0]
-        sink = None if self.sink is None else self.sink[...]
+        config, start, sink = self.config, positions[:, 0], value(self.sink)
 
         def elsewhere(fused, cos, sin, keys, values, start, count, sink):
             q, k, v = self.split(fused, positions)
@@ -121,7 +128,7 @@ class Attention(nnx.Module):
     def combine(self, heads: Float[Array, "b t n v"], parallel: Parallel) -> Float[Array, "b t d"]:
         """Projects the heads back to the residual stream, summed over all devices."""
         flat = heads.reshape(*heads.shape[:2], -1)
-        return parallel.sum(linear(flat, self.output[...]))
+        return parallel.sum(stored_linear(flat, self.output[...], value(self.output_scale)))
 
     @jax.named_scope("attention_output")
     def combine_few(
@@ -129,7 +136,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """The same for the few rows of a decoded block; `ahead` as in `few_token_linear`."""
         flat = heads.reshape(*heads.shape[:2], -1)
-        return parallel.sum(few_token_linear(flat, self.output[...], ahead=ahead))
+        weight, scale = self.output[...], value(self.output_scale)
+        return parallel.sum(few_token_linear(flat, weight, scale, ahead=ahead))
 
 
 @jax.named_scope("attend")

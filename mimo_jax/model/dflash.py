@@ -26,6 +26,7 @@ from mimo_jax.model.layers import (
     few_token_linear,
     linear,
     rope,
+    value,
 )
 from mimo_jax.model.mimo import MiMo, argmax, few_logits
 from mimo_jax.sharding import Parallel, constant, normal, param
@@ -92,7 +93,7 @@ class DraftAttention(nnx.Module):
         q = self.queries(x, positions, product)
         k, v = self.keys_values(x, positions, product)
         window, t = self.config.window, h.shape[1]
-        sink = None if self.sink is None else self.sink[...]
+        sink = value(self.sink)
 
         def elsewhere(q, k, v, keys, values, start, sink):
             keys = jnp.concatenate([keys, k.transpose(0, 2, 1, 3)], axis=2)

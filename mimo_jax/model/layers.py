@@ -50,6 +50,31 @@ def _product(axes: str, x: Array, y: Array) -> Array:
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
+def stored_linear(
+    x: Float[Array, "*rows i"],
+    weight: Shaped[Array, "o i"],
+    scale: Float[Array, "units tiles"] | None,
+    unit: int = fp8.TILE,
+    dtype=None,
+) -> Float[Array, "*rows o"]:
+    """x @ weight^T of a weight as it is held: values, or FP8 codes that are decoded here.
+
+    Args:
+      x: rows.
+      weight: values, or FP8 codes with `scale`.
+      scale: float32, for `unit` rows and 128 columns each.
+      unit: rows that share a scale.
+      dtype: of the result; by default x's.
+    """
+    if scale is not None:
+        # Bound to x, decoding stays inside the loop that x is of: XLA would move it out, once and
+        # for all, and the decoded weights would be held besides the codes. It drops an operand of
+        # the barrier whose result is not used: so x is taken from there.
+        weight, scale, x = lax.optimization_barrier((weight, scale, x))
+        weight = fp8.decode(weight, scale, unit, x.dtype)
+    return linear(x, weight, dtype)
+
+
 def few_token_linear(
     x: Float[Array, "b t i"],
     weight: Shaped[Array, "*lead i"],
@@ -83,16 +108,15 @@ def few_token_linear(
 
     def elsewhere(x, weight, scale, norm, residual):
         x = x if norm is None else rms_norm(x, norm, epsilon)
-        weight = weight if scale is None else decoded_near(weight, scale, x, unit)
-        y = linear(x, weight, dtype)
+        y = stored_linear(x, weight, scale, unit, dtype)
         return y if residual is None else residual + y
 
     norm = None if norm is None else norm.weight[...]
     if _fits(x, weight, scale, unit, residual):
         rows = x.reshape(-1, x.shape[-1])
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        ahead = None if ahead is None else ahead[...]
-        options = dict(norm=norm, epsilon=epsilon, residual=flat, ahead=ahead, out_dtype=dtype)
+        options = dict(norm=norm, epsilon=epsilon, residual=flat, out_dtype=dtype)
+        options |= dict(ahead=value(ahead))
         y = kernels.linear(rows, weight, scale, **options, elsewhere=elsewhere)
         return y.reshape(*x.shape[:-1], -1)
     return elsewhere(x, weight, scale, norm, residual)
@@ -143,29 +167,9 @@ def embed(table: Shaped[Array, "w d"], tokens: Int32[Array, "b t"], parallel: Pa
     return parallel.sum(jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype)))
 
 
-def decoded(
-    weight: nnx.Param,
-    scale: nnx.Param | None,
-    x: Float[Array, "*rows i"],
-    unit: int = fp8.TILE,
-) -> Float[Array, "*lead r c"]:
-    """A weight's values for a product with x, in its dtype if the weight is FP8 and has scales.
-
-    Args:
-      weight: FP8 codes, or values that are returned as they are.
-      scale: a float32 scale for `unit` rows and 128 columns; None for values.
-      x: what the weight will be multiplied with.
-      unit: rows that share a scale.
-    """
-    return weight[...] if scale is None else decoded_near(weight[...], scale[...], x, unit)
-
-
-def decoded_near(codes, scales, x, unit: int):
-    """Decoded FP8, inside the loop that x is of."""
-    # Bound to x, decoding stays inside the loop: XLA would move it out, once and for all, and the
-    # decoded weights would be held besides the codes.
-    codes, scales, _ = lax.optimization_barrier((codes, scales, x))
-    return fp8.decode(codes, scales, unit, x.dtype)
+def value(variable: nnx.Param | None) -> Array | None:
+    """The array of a parameter that a model may not have."""
+    return None if variable is None else variable[...]
 
 
 def tile_scales(rngs: nnx.Rngs, shape, axes, quantized: bool) -> nnx.Param | None:
@@ -208,13 +212,13 @@ class DenseMLP(nnx.Module):
     @jax.named_scope("dense_mlp")
     def decode(self, h: Float[Array, "b t d"], norm: RMSNorm, parallel: Parallel, ahead=None):
         """h + down(silu(gate x) * up x) with x = norm(h), for the few rows of a decoded block."""
-        scale = None if self.gate_up_scale is None else self.gate_up_scale[...]
+        scale = value(self.gate_up_scale)
         # In whole tiles, gate and up are one matrix; else XLA decodes them one by one.
         if scale is not None and self.gate_up.shape[1] % fp8.TILE:
             return h + self(norm(h), parallel)
         both = few_token_linear(h, self.gate_up[...], scale, norm=norm, ahead=self.down)
         gate, up = jnp.split(both, 2, axis=-1)
-        scale = None if self.down_scale is None else self.down_scale[...]
+        scale = value(self.down_scale)
         hidden = jax.nn.silu(gate) * up
         return parallel.add(
             h,
@@ -226,6 +230,8 @@ class DenseMLP(nnx.Module):
     @jax.named_scope("dense_mlp")
     def __call__(self, x: Float[Array, "b t d"], parallel: Parallel) -> Float[Array, "b t d"]:
         """Returns the sum over all devices."""
-        gate, up = (linear(x, matrix) for matrix in decoded(self.gate_up, self.gate_up_scale, x))
-        down = decoded(self.down, self.down_scale, x)
-        return parallel.sum(linear(jax.nn.silu(gate) * up, down))
+        both, scales = self.gate_up[...], value(self.gate_up_scale)
+        scales = (None, None) if scales is None else scales
+        gate, up = (stored_linear(x, both[i], scales[i]) for i in range(2))
+        down, scale = self.down[...], value(self.down_scale)
+        return parallel.sum(stored_linear(jax.nn.silu(gate) * up, down, scale))

@@ -10,7 +10,15 @@ from jaxtyping import Array, Bool, Float, Int32
 from mimo_jax import cache as kv
 from mimo_jax.config import ModelConfig
 from mimo_jax.model.attention import Attention
-from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, few_token_linear, linear
+from mimo_jax.model.layers import (
+    INIT_SCALE,
+    DenseMLP,
+    RMSNorm,
+    embed,
+    few_token_linear,
+    linear,
+    value,
+)
 from mimo_jax.model.moe import MoE
 from mimo_jax.model.prefill_attention import MOST_DECODED, attend_chunk
 from mimo_jax.model.sequence import attend_sequence
@@ -70,7 +78,7 @@ class Block(nnx.Module):
         """The same for a chunk of a prompt."""
         attention = self.attention
         q, k, v = attention.project(self.input_norm(h), positions)
-        window, sink = attention.config.window, _value(attention.sink)
+        window, sink = attention.config.window, value(attention.sink)
         cache, heads = attend_chunk(q, k, v, cache, positions[:, 0], live, window, sink)
         h = h + attention.combine(heads, parallel)
         x = self.post_norm(h)
@@ -87,7 +95,7 @@ class Block(nnx.Module):
         attention = self.attention
         positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32), h.shape[:2])
         q, k, v = attention.project(self.input_norm(h), positions)
-        window, sink = attention.config.window, _value(attention.sink)
+        window, sink = attention.config.window, value(attention.sink)
         heads = attend_sequence(q, k, v, window, sink, implementation=implementation)
         h = h + attention.combine(heads, Parallel())
         return h + feed_forward(self.ffn, self.post_norm(h))
@@ -196,7 +204,3 @@ def tap(outputs: list[Array], taps: tuple[int, ...]) -> Array:
     if not taps:
         return outputs[0][..., :0]
     return jnp.concatenate([outputs[layer] for layer in taps], axis=-1)
-
-
-def _value(variable: nnx.Param | None):
-    return None if variable is None else variable[...]

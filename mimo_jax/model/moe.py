@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.config import ModelConfig
-from mimo_jax.model.layers import INIT_SCALE, RMSNorm
+from mimo_jax.model.layers import INIT_SCALE, RMSNorm, value
 from mimo_jax.sharding import Parallel, constant, normal, param
 from pallas_kernels.expert_ffn import ExpertWeights, KernelWeights, expert_ffn, pack_experts
 from pallas_kernels.mxfp4 import BLOCK
@@ -111,9 +111,7 @@ class Experts(nnx.Module):
             arrays = (self.gate_up, self.down, self.barrier)
             return KernelWeights(*(a[...] for a in arrays), *self.plans)
         scales = (self.gate_up_scale, self.down_scale)
-        return ExpertWeights(
-            self.gate_up[...], self.down[...], *(None if s is None else s[...] for s in scales)
-        )
+        return ExpertWeights(self.gate_up[...], self.down[...], *map(value, scales))
 
 
 class MoE(nnx.Module):
@@ -192,8 +190,7 @@ class MoE(nnx.Module):
             # Ids of other devices' experts fall outside [0, e) here, as those of dead rows do.
             ids = ids - parallel.index * weights.gate_up.shape[0]
         inside = residual if rows.dtype == jnp.bfloat16 else None
-        ahead = None if ahead is None else ahead[...]
         with jax.named_scope("experts"):
-            y = expert_ffn(rows, weights, ids, routing, residual=inside, ahead=ahead)
+            y = expert_ffn(rows, weights, ids, routing, residual=inside, ahead=value(ahead))
         y = y.astype(rows.dtype)
         return y if residual is None or inside is not None else residual + y

@@ -24,7 +24,7 @@ from mimo_jax.cache import LayerCache, init_cache, last_rows
 from mimo_jax.config import MTPConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import Attention, attend, causal
-from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear
+from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear, value
 from mimo_jax.model.mimo import MiMo, argmax, head_logits
 from mimo_jax.sharding import Leaf, Parallel, normal, param
 
@@ -97,7 +97,7 @@ class MTPLayer(nnx.Module):
         """Runs the newest row to the final norm; after the target's head it is a draft's logits."""
         attention = self.attention
         visible = causal(position[:, None], cache.positions(position + 1), attention.config.window)
-        sink = None if attention.sink is None else attention.sink[...]
+        sink = value(attention.sink)
         heads = attend(q, cache.keys, cache.values, visible, sink)
         u = u + attention.combine(heads, parallel)
         return self.norm(u + self.ffn(self.post_norm(u), parallel))

@@ -99,6 +99,23 @@ def quantize(w: np.ndarray, unit: int = TILE) -> tuple[np.ndarray, np.ndarray]:
     return values.astype(ml_dtypes.float8_e4m3fn), scales
 
 
+def quantize_on_device(
+    w: Float[Array, "*lead r c"], unit: int = TILE
+) -> tuple[Float[Array, "*lead r c"], Float[Array, "*lead tr tc"]]:
+    """What `quantize` gives, traced or not, but for the last bit of XLA's divisions.
+
+    That weights are finite is not checked.
+    """
+    *lead, rows, columns = w.shape
+    wide = w.astype(jnp.float32)
+    padding = [(0, 0)] * len(lead) + [(0, -rows % unit), (0, -columns % TILE)]
+    cut = (*lead, tiles(rows, unit), unit, tiles(columns), TILE)
+    amax = jnp.pad(jnp.abs(wide), padding).reshape(cut).max(axis=(-3, -1))
+    scales = jnp.where(amax == 0, 1.0, jnp.clip(amax / MAX, MIN_SCALE, MAX_SCALE))
+    spread = jnp.repeat(jnp.repeat(scales, unit, axis=-2), TILE, axis=-1)[..., :rows, :columns]
+    return jnp.clip(wide / spread, -MAX, MAX).astype(CODES), scales
+
+
 def tile_max(values: np.ndarray, unit: int = TILE) -> np.ndarray:
     """The largest value of each tile of `unit` rows and 128 columns: [..., tiles, tiles]."""
     *lead, rows, columns = values.shape

@@ -343,6 +343,20 @@ def test_the_command_measures_a_rank_of_the_shipped_model(tmp_path, capsys):
     assert parts.count("round") == 5 and parts.count("program") == 4
 
 
+@pytest.mark.slow
+def test_output_projections_in_fp8_are_half_the_bytes(capsys):
+    arguments = "bench rank --model mimo-nano --ranks 2 --layers 3 --contexts 70 --rounds 2 --json"
+    arguments += " --repeats 1 --read-gib 0 --parts greedy --o-proj "
+    reads = []
+    for kept in ("stored", "fp8"):
+        assert cli.main([*(arguments + kept).split()]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["o_proj"] == kept
+        reads.append(result["rounds"][0]["bytes"])
+    # Three layers of 256 x 128 on each of two ranks; a scale for 128 x 128.
+    assert reads[0] - reads[1] == 3 * (256 * 128 - 4 * 2)
+
+
 def test_parts_that_do_not_exist_are_refused(capsys):
     assert cli.main(["bench", "rank", "--model", "mimo-nano", "--parts", "greedy,all"]) == 1
     assert "--parts: all unknown" in capsys.readouterr().err

@@ -315,6 +315,11 @@ def test_the_engines_other_ways_to_open_it(files, tmp_path):
     assert agree(answers(folder, drafter=True), plain)
     assert agree(answers(folder, drafter="mtp"), plain)
     assert agree(answers(folder, experts="packed", linear="fp8"), plain)
+    loops = []
+    answers(folder, lambda engine: loops.append(carried(engine)), o_proj="fp8")
+    answers(folder, lambda engine: loops.append(carried(engine)))
+    # The output projections are the only FP8 that is left when all other is decoded.
+    assert ["f8e4m3fn[" in text for text in loops] == [True, False]
     older = tmp_path / "older"
     shutil.copytree(files("v2-flash")[0], older)
     write_tokenizer(older / "tokenizer.json")
@@ -328,6 +333,7 @@ def test_the_engines_other_ways_to_open_it(files, tmp_path):
     [
         ({"linear": "fp8"}, "linear='fp8', but .* stores no FP8 weights"),
         ({"linear": "fp4"}, "linear='fp4' is not allowed"),
+        ({"o_proj": "fp4"}, "o_proj='fp4' is not allowed"),
         ({"experts": "packed"}, "experts='packed', but .*'mxfp4'"),
         ({"experts": "fp8"}, "experts='fp8' is not allowed"),
     ],

@@ -117,9 +117,10 @@ def as_numbers(limbs) -> list[int]:
 
 
 def test_a_share_of_a_mass_is_exact(rng):
-    """Against whole numbers of any size."""
-    digits = rng.integers(0, 2**32, (3, 400), dtype=np.uint64)
-    high, middle, low = (digits[i].astype(np.uint32) for i in range(3))
+    """Against whole numbers as great as the limbs of `WIDEST` tokens sum up to."""
+    greatest = WIDEST * ((1 << LIMB) - 1)
+    high, middle, low = rng.integers(0, greatest, (3, 400), np.uint32, endpoint=True)
+    middle[:2], low[1:3] = greatest, greatest
     high = (high >> rng.integers(1, 30, 400).astype(np.uint32)).astype(np.uint32)
     p = rng.choice([rng.random(400), np.full(400, 0.95), rng.random(400) * 1e-3], axis=0)
     p = p.astype(np.float32)

@@ -89,7 +89,8 @@ def test_auto_takes_what_the_caller_has_instead_on_a_cpu(rng):
     heads, *_ = block_attention(*arguments, elsewhere=elsewhere)
     assert (heads == 1).all()
     heads, *_ = block_attention(*arguments, elsewhere=elsewhere, implementation="reference")
-    assert not (heads == 1).any()
+    # One of random numbers may be 1 by chance.
+    assert not (heads == 1).all()
 
 
 @pytest.mark.parametrize(
