@@ -12,7 +12,9 @@ _log = logging.getLogger("mimo_jax")
 def use_compilation_cache() -> None:
     """Keeps compiled programs between processes, unless the user has set that up already.
 
-    The folder is `mimo_jax/xla` in $XDG_CACHE_HOME, else in ~/.cache.
+    The folder is `mimo_jax/xla` in $XDG_CACHE_HOME, else in ~/.cache. Mosaic GPU numbers the
+    kernels of a process (as of jax 0.11.2), and the number is part of what a program is found by: a
+    process finds there what it compiles in the same order as the one before.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return

@@ -82,7 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sum-us", type=float, default=8.0, help="assumed cost of a sum over ranks (default 8)"
     )
     parser.add_argument("--gather-us", type=float, help="of a gather (default: a sum's)")
-    parser.add_argument("--cache", type=Path, help="directory of compiled programs")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="directory of compiled programs; a second run with the same one finds them there",
+    )
     parser.add_argument(
         "--read-gib", type=int, default=4, help="read for the bandwidth; 0: do not measure it"
     )
@@ -181,10 +185,6 @@ class Bench:
         entries = _entries()
         found = {"context": context, "block": block, **runner.compile(params)}
         found["from_cache"] = entries is not None and _entries() == entries
-        if entries is not None and not self.result["programs"]:
-            # What a new process would find; the traces of this one must not help.
-            jax.clear_caches()
-            found["again"] = runner.compile(params)
         start = time.perf_counter()
         runner.run(params, 1, GREEDY)
         found |= {"first_call_s": time.perf_counter() - start, **runner.memory()}
