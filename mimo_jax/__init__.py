@@ -5,9 +5,10 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mimo_jax.config import DrafterConfig, ModelConfig
+    from mimo_jax.config import ModelConfig
     from mimo_jax.decode.chat import ChatDelta, ChatOutput, ChatSession
     from mimo_jax.decode.output import Output, Piece, Stats
+    from mimo_jax.drafter_config import DrafterConfig
     from mimo_jax.engine import Engine, Session
     from mimo_jax.errors import MimoError
     from mimo_jax.loading import load

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.batch import CHUNKS, Decoding
 from mimo_jax.decode.chat import check_every
 from mimo_jax.decode.conversing import Conversing
@@ -18,6 +18,7 @@ from mimo_jax.decode.options import Options
 from mimo_jax.decode.output import Output, Piece
 from mimo_jax.decode.program import Plan, Settings, make_program, state_maker
 from mimo_jax.decode.state import State
+from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.text.tokenizer import Detokenizer, Tokenizer
 

@@ -31,6 +31,12 @@ def shown(value: Any) -> str:
     return _WRITER.repr(value)
 
 
+def require(fits: bool, name: str, value: Any, allowed: str) -> None:
+    """Raises a MimoError that names a field, its value and what is allowed, unless it fits."""
+    if not fits:
+        raise MimoError(f"{name}={shown(value)} is not allowed: it must be {allowed}.")
+
+
 def check_fields(cls: type, fields: dict[str, Any], more: dict[str, Any] | None = None) -> dict:
     """Holds values to the types of a dataclass's fields, and to ranges that any model keeps.
 
@@ -55,6 +61,26 @@ def check_fields(cls: type, fields: dict[str, Any], more: dict[str, Any] | None 
                 f"{name}={shown(kept[name])} is not allowed: it must be {' or '.join(reasons)}."
             )
     return kept
+
+
+def build(cls, values: dict[str, Any]):
+    """Constructs a dataclass of a file's values, lists as tuples.
+
+    Raises:
+      MimoError: naming the required fields that are missing, or as `check_fields`.
+    """
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields = dataclasses.fields(cls)
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    for field in fields:
+        # JSON writers drop the point of a whole number: rope_theta is 5000000 in Xiaomi's files.
+        if field.type in (float, float | None) and type(values.get(field.name)) is int:
+            values[field.name] = float(values[field.name])
+    values = check_fields(cls, values)
+    missing = sorted(required - values.keys())
+    if missing:
+        raise MimoError(f"config.json lacks {', '.join(missing)}, which {cls.__name__} needs.")
+    return cls(**values)
 
 
 def _alternatives(kind: Any) -> list[Any]:

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from mimo_jax.checkpoint import released, store, zlab
 from mimo_jax.compilation import use_compilation_cache
-from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.batch import CHUNKS
 from mimo_jax.decode.kernel_weights import kernel_plan, pack_params
 from mimo_jax.decode.output_fp8 import output_fp8_plan, quantize_output_params
 from mimo_jax.decode.program import Plan, Settings, make_plan
+from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.engine import DRAFTERS, Engine
 from mimo_jax.errors import MimoError
 from mimo_jax.planning.memory import check_memory

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
 
 _FLASH_FULL = (0, 5, 11, 17, 23, 29, 35, 41, 47)

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.errors import MimoError
 from pallas_kernels.all_sum import all_gather, all_sum, has_mail, misfit, open_mail
 

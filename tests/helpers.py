@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.program import Settings, make_plan, make_program, state_maker
 from mimo_jax.decode.sampling import Request
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.sharding import make_mesh
 
 

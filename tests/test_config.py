@@ -11,8 +11,10 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimo_jax.config import DrafterConfig, ModelConfig, read_json
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.presets import drafter_preset, preset

@@ -18,9 +18,10 @@ PUBLIC_NAMES = 25
 
 LAYERS = (
     ("pallas_kernels", "mimo_jax.errors"),
-    ("mimo_jax.fields", "mimo_jax.progress", "mimo_jax.compilation"),
+    ("mimo_jax.fields", "mimo_jax.json_files", "mimo_jax.progress", "mimo_jax.compilation"),
     ("mimo_jax.transformers_config",),
     ("mimo_jax.config", "mimo_jax.quant", "mimo_jax.plots"),
+    ("mimo_jax.drafter_config",),
     ("mimo_jax.presets", "mimo_jax.sharding", "mimo_jax.text"),
     ("mimo_jax.cache",),
     ("mimo_jax.model",),

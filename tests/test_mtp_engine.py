@@ -18,8 +18,8 @@ from mimo_jax import loading
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.flat import flatten
 from mimo_jax.commands.model import add_model_arguments, load_model
-from mimo_jax.config import MTPConfig
 from mimo_jax.decode.program import make_plan
+from mimo_jax.drafter_config import MTPConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mtp import MTP
 from mimo_jax.sharding import make_mesh

@@ -10,7 +10,8 @@ import tokenizers
 from flax import nnx
 
 from mimo_jax.checkpoint import store
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.text.tokenizer import Tokenizer, train_tokenizer

@@ -24,8 +24,9 @@ import ml_dtypes
 import numpy as np
 
 from mimo_jax.bench.card import environment, print_json, print_table
+from mimo_jax.checkpoint.layout import Declared
 from mimo_jax.checkpoint.safetensors import INDEX
-from mimo_jax.checkpoint.xiaomi import Declared, declare
+from mimo_jax.checkpoint.xiaomi import declare
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.presets import preset

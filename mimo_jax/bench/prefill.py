@@ -20,7 +20,7 @@ import numpy as np
 from mimo_jax.bench.card import environment, print_json, print_table
 from mimo_jax.bench.rank_run import shorten
 from mimo_jax.bench.rank_weights import random_params, random_state
-from mimo_jax.checkpoint.xiaomi import FP8
+from mimo_jax.checkpoint.layout import FP8
 from mimo_jax.config import AttentionConfig, ModelConfig
 from mimo_jax.decode.kernel_weights import kernel_plan
 from mimo_jax.decode.prefill import prefill

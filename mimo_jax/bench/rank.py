@@ -27,7 +27,7 @@ from mimo_jax.bench.hlo import kernels_a_layer
 from mimo_jax.bench.kernel_jobs import read_bandwidth
 from mimo_jax.bench.rank_run import GREEDY, SAMPLED, Runner, must_read, shorten, steady
 from mimo_jax.bench.rank_weights import random_params
-from mimo_jax.checkpoint.xiaomi import FP8
+from mimo_jax.checkpoint.layout import FP8
 from mimo_jax.decode.kernel_weights import kernel_plan
 from mimo_jax.decode.output_fp8 import output_fp8_plan
 from mimo_jax.decode.program import Plan, Settings, make_plan

@@ -14,9 +14,10 @@ from mimo_jax.bench.hlo import Launch, Module
 from mimo_jax.bench.rank_profile import OPTIONS, record, split
 from mimo_jax.bench.rank_routing import make_probe
 from mimo_jax.bench.rank_weights import at, random_state
-from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.options import Options
 from mimo_jax.decode.program import Plan, Settings, make_program
+from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.planning.groups import EXPERTS
 from mimo_jax.planning.report import round_of
 

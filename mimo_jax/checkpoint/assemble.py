@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mimo_jax.checkpoint.layout import BYTES, MXFP4, Recipe
 from mimo_jax.checkpoint.manifest import CODES
-from mimo_jax.checkpoint.xiaomi import BYTES, MXFP4, Recipe
 from mimo_jax.errors import MimoError
 from mimo_jax.quant import fp8, mxfp4
 

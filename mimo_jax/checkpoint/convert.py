@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.checkpoint.assemble import SCALE
+from mimo_jax.checkpoint.layout import FP8, MXFP4
 from mimo_jax.checkpoint.manifest import (
     NAME,
     PARAMS,
@@ -38,9 +39,9 @@ from mimo_jax.checkpoint.released import Released, open_released
 from mimo_jax.checkpoint.safetensors import DTYPES
 from mimo_jax.checkpoint.store import CONFIG, DRAFTER, MTP, TOKENIZER, check_entries, to_json
 from mimo_jax.checkpoint.tree import TEMPORARY, differing, settle, trim, write_tree
-from mimo_jax.checkpoint.xiaomi import FP8, MXFP4
-from mimo_jax.config import AnyDrafterConfig, MTPConfig, read_json
+from mimo_jax.drafter_config import AnyDrafterConfig, MTPConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 from mimo_jax.model.drafters import make_drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.quant.mxfp4 import BLOCK

@@ -14,10 +14,7 @@ from safetensors.numpy import save_file
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.export_config import FORMATS, target_fields, write_small_files
-from mimo_jax.checkpoint.manifest import write_atomically
-from mimo_jax.checkpoint.safetensors import DTYPES, INDEX
-from mimo_jax.checkpoint.torch_file import write_mask_embedding
-from mimo_jax.checkpoint.xiaomi import (
+from mimo_jax.checkpoint.layout import (
     DRAFTER_FOLDER,
     FP8,
     MASK_EMBEDDING,
@@ -26,9 +23,11 @@ from mimo_jax.checkpoint.xiaomi import (
     Layout,
     Piece,
     backwards,
-    declare,
-    recipes,
 )
+from mimo_jax.checkpoint.manifest import write_atomically
+from mimo_jax.checkpoint.safetensors import DTYPES, INDEX
+from mimo_jax.checkpoint.torch_file import write_mask_embedding
+from mimo_jax.checkpoint.xiaomi import declare, recipes
 from mimo_jax.errors import MimoError
 
 SHARD_BYTES = 5 * 10**9

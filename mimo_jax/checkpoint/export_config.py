@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.checkpoint import store
-from mimo_jax.checkpoint.xiaomi import DRAFTER_FOLDER, FP8, MXFP4, Layout
-from mimo_jax.config import FULL, FULL_LAYER, SLIDING_LAYER, DrafterConfig, ModelConfig
+from mimo_jax.checkpoint.layout import DRAFTER_FOLDER, FP8, MXFP4, Layout
+from mimo_jax.config import FULL, ModelConfig
+from mimo_jax.drafter_config import FULL_LAYER, SLIDING_LAYER, DrafterConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.transformers_config import KINDS, MLPS
 

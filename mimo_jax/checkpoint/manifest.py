@@ -12,8 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mimo_jax.config import read_json
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 
 FORMATS = (1, 2)
 """Versions of the checkpoint's layout; a reader refuses those that it does not know. In 2 each

@@ -13,10 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mimo_jax.checkpoint.assemble import Assembler, Index
-from mimo_jax.checkpoint.manifest import FLOATS
-from mimo_jax.checkpoint.safetensors import INDEX, SUFFIX, TensorFiles
-from mimo_jax.checkpoint.torch_file import read_mask_embedding
-from mimo_jax.checkpoint.xiaomi import (
+from mimo_jax.checkpoint.layout import (
     DRAFTER_FOLDER,
     FP8,
     MASK_EMBEDDING,
@@ -25,13 +22,16 @@ from mimo_jax.checkpoint.xiaomi import (
     TILE,
     Declared,
     Layout,
-    compare,
-    declare,
-    detect,
-    recipes,
 )
-from mimo_jax.config import DrafterConfig, ModelConfig, MTPConfig, parse_json, read_json
+from mimo_jax.checkpoint.manifest import FLOATS
+from mimo_jax.checkpoint.recognition import compare, detect
+from mimo_jax.checkpoint.safetensors import INDEX, SUFFIX, TensorFiles
+from mimo_jax.checkpoint.torch_file import read_mask_embedding
+from mimo_jax.checkpoint.xiaomi import declare, recipes
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig, MTPConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import parse_json, read_json
 from mimo_jax.quant import fp8
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"

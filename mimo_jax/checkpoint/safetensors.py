@@ -17,8 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mimo_jax.config import parse_json, read_json
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"

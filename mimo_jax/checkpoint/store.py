@@ -44,16 +44,10 @@ from mimo_jax.checkpoint.manifest import (
     write_atomically,
 )
 from mimo_jax.checkpoint.tree import open_array, write_tree
-from mimo_jax.config import (
-    SLIDING,
-    AnyDrafterConfig,
-    AttentionConfig,
-    DrafterConfig,
-    ModelConfig,
-    MTPConfig,
-    read_json,
-)
+from mimo_jax.config import SLIDING, AttentionConfig, ModelConfig
+from mimo_jax.drafter_config import AnyDrafterConfig, DrafterConfig, MTPConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 from mimo_jax.model.attention import regroup
 from mimo_jax.model.drafters import make_drafter
 from mimo_jax.model.mimo import MiMo

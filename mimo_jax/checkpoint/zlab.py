@@ -16,20 +16,15 @@ from flax import nnx
 
 from mimo_jax.checkpoint import released
 from mimo_jax.checkpoint.assemble import Assembler
+from mimo_jax.checkpoint.layout import DRAFTER_FOLDER, MASK_EMBEDDING, Declared, Recipe, Run
+from mimo_jax.checkpoint.recognition import compare
 from mimo_jax.checkpoint.safetensors import TensorFiles
 from mimo_jax.checkpoint.torch_file import read_mask_embedding
-from mimo_jax.checkpoint.xiaomi import (
-    DRAFTER_FOLDER,
-    MASK_EMBEDDING,
-    Declared,
-    Recipe,
-    Run,
-    compare,
-    declare_drafter,
-    drafter_recipes,
-)
-from mimo_jax.config import DrafterConfig, ModelConfig, read_json
+from mimo_jax.checkpoint.xiaomi import declare_drafter, drafter_recipes
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 
 CONFIG, MASK = "config.json", Path(MASK_EMBEDDING).name
 PART = "drafter"

@@ -10,11 +10,12 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.loop import decode
 from mimo_jax.decode.prefill import prefill
 from mimo_jax.decode.sampling import Request
 from mimo_jax.decode.state import State, init_state, state_specs
+from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.model.drafters import make_drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import (

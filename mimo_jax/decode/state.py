@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mimo_jax.cache import LayerCache, cache_spec, init_cache
-from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.model.drafters import drafter_class
 from mimo_jax.sharding import Leaf
 

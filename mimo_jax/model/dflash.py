@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.cache import LayerCache, init_cache, last_rows
-from mimo_jax.config import AttentionConfig, DrafterConfig
+from mimo_jax.config import AttentionConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import attend
 from mimo_jax.model.layers import (

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from mimo_jax.config import AnyDrafterConfig, DrafterConfig, MTPConfig
+from mimo_jax.drafter_config import AnyDrafterConfig, DrafterConfig, MTPConfig
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.model.mtp import MTP

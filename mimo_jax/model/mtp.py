@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.cache import LayerCache, init_cache, last_rows
-from mimo_jax.config import MTPConfig
+from mimo_jax.drafter_config import MTPConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import Attention, attend, causal
 from mimo_jax.model.layers import INIT_SCALE, DenseMLP, RMSNorm, embed, linear, value

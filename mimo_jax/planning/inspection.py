@@ -10,17 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.checkpoint import xiaomi
+from mimo_jax.checkpoint import layout as layouts
+from mimo_jax.checkpoint import recognition, xiaomi
 from mimo_jax.checkpoint.manifest import NAME as MANIFEST
 from mimo_jax.checkpoint.manifest import Manifest
 from mimo_jax.checkpoint.safetensors import INDEX, SUFFIX, StoredTensor, read_header
-from mimo_jax.config import FULL, DrafterConfig, ModelConfig, read_json
+from mimo_jax.config import FULL, ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 from mimo_jax.planning.groups import gigabytes, group_of
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 OURS, RELEASED, OTHER = "mimo_jax", "released", "no checkpoint"
-DRAFTER = xiaomi.DRAFTER_FOLDER
+DRAFTER = layouts.DRAFTER_FOLDER
 SKIPPED, UNKNOWN = "skipped: other modalities", "unknown"
 SHOWN = 4
 """Names of a long list that are given."""
@@ -151,7 +154,7 @@ def _inspect_released(directory: Path, found: Inspection) -> None:
     if not declared:
         return
     present = tensors.keys() | drafter.keys() | absent
-    lacking = [name for name in declared if name not in present and name != xiaomi.MASK_EMBEDDING]
+    lacking = [name for name in declared if name not in present and name != layouts.MASK_EMBEDDING]
     if lacking:
         found.missing.append(_some("tensors that no file has", lacking))
     unknown = [name for name in tensors | drafter if _group(name, declared) == UNKNOWN]
@@ -212,9 +215,9 @@ def _inspect_drafter(directory: Path, found: Inspection) -> dict[str, StoredTens
     found.drafter = _tried(
         found, lambda: DrafterConfig.from_dict(read_json(folder / "config.json"))
     )
-    mask = directory / xiaomi.MASK_EMBEDDING
+    mask = directory / layouts.MASK_EMBEDDING
     if not mask.is_file():
-        found.missing.append(f"the file {xiaomi.MASK_EMBEDDING}, without which nothing is drafted")
+        found.missing.append(f"the file {layouts.MASK_EMBEDDING}, without which nothing is drafted")
     files = sorted(folder.glob(f"*{SUFFIX}"))
     if not files:
         found.missing.append(f"the drafter's tensors: {DRAFTER} has no {SUFFIX} file")
@@ -227,25 +230,25 @@ def _inspect_drafter(directory: Path, found: Inspection) -> dict[str, StoredTens
 
 def _declared(
     tensors: dict[str, StoredTensor], absent: set[str], found: Inspection
-) -> dict[str, xiaomi.Declared]:
+) -> dict[str, layouts.Declared]:
     """The tensors that there should be, if that can be told from those that are there."""
     if found.config is None or not tensors:
         return {}
     known = _likely(tensors, absent) | tensors
-    detected = _tried(found, lambda: xiaomi.detect(found.config, known))
+    detected = _tried(found, lambda: recognition.detect(found.config, known))
     if detected is None:
         return {}
     layout, found.config = detected
     found.mtp_layers = found.config.num_nextn_predict_layers
     found.layout = "fused qkv" if layout.fused else "split q, k, v"
     kinds = {"experts": layout.experts, "attention inputs and dense MLPs": layout.linear}
-    words = {xiaomi.MXFP4: "MXFP4", xiaomi.FP8: "FP8"}
+    words = {layouts.MXFP4: "MXFP4", layouts.FP8: "FP8"}
     coded = [f"{what} {words[kind]}" for what, kind in kinds.items() if kind in words]
     found.quantisation = ", ".join(coded) or "none"
     return _tried(found, lambda: xiaomi.declare(found.config, found.drafter, layout)) or {}
 
 
-def _likely(tensors: dict[str, StoredTensor], absent: set[str]) -> dict[str, xiaomi.Declared]:
+def _likely(tensors: dict[str, StoredTensor], absent: set[str]) -> dict[str, layouts.Declared]:
     """What tensors that are not there may be: as those of other layers, or as their names say."""
 
     def pattern(name: str) -> str:
@@ -258,18 +261,18 @@ def _likely(tensors: dict[str, StoredTensor], absent: set[str]) -> dict[str, xia
         if name.endswith((".weight_scale_inv", ".e_score_correction_bias")):
             return "F32"
         if name.endswith(".weight_scale") or f"{name}_scale" in names:
-            return xiaomi.MXFP4
-        return xiaomi.FP8 if f"{name}_scale_inv" in names else "BF16"
+            return layouts.MXFP4
+        return layouts.FP8 if f"{name}_scale_inv" in names else "BF16"
 
     return {
-        name: xiaomi.Declared(similar.get(pattern(name)) or dtype(name), (), "") for name in absent
+        name: layouts.Declared(similar.get(pattern(name)) or dtype(name), (), "") for name in absent
     }
 
 
-def _group(name: str, declared: dict[str, xiaomi.Declared]) -> str:
+def _group(name: str, declared: dict[str, layouts.Declared]) -> str:
     if name in declared:
         return group_of(declared[name].parameter)
-    if name.startswith(xiaomi.SKIPPED):
+    if name.startswith(layouts.SKIPPED):
         return SKIPPED
     if name.startswith(DRAFTER) and not any(other.startswith(DRAFTER) for other in declared):
         return "drafter"

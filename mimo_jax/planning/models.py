@@ -6,13 +6,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.checkpoint import xiaomi
+from mimo_jax.checkpoint import layout as layouts
+from mimo_jax.checkpoint import recognition, xiaomi
 from mimo_jax.checkpoint.safetensors import INDEX, SUFFIX, StoredTensor, TensorFiles
-from mimo_jax.config import AnyDrafterConfig, DrafterConfig, ModelConfig, MTPConfig, read_json
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import AnyDrafterConfig, DrafterConfig, MTPConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 from mimo_jax.presets import ENCODERS, drafter_preset, preset, preset_names
 
-DRAFTER_FILES = ("drafter.json", f"{xiaomi.DRAFTER_FOLDER}config.json")
+DRAFTER_FILES = ("drafter.json", f"{layouts.DRAFTER_FOLDER}config.json")
 """Where a drafter's configuration lies: in our checkpoints, and in released ones."""
 
 
@@ -39,17 +42,17 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, without the drafter's."""
-        return sum(count * xiaomi.BYTES[dtype] for dtype, count in self.elements.items())
+        return sum(count * layouts.BYTES[dtype] for dtype, count in self.elements.items())
 
     @classmethod
     def of(
-        cls, declared: dict[str, xiaomi.Declared], encoders: tuple[int, int] = (0, 0)
+        cls, declared: dict[str, layouts.Declared], encoders: tuple[int, int] = (0, 0)
     ) -> "Stored":
         """Counts what a layout declares, and encoders' tensors and BF16 elements beside it."""
         kinds: dict[bool, Counter] = {True: Counter(), False: Counter()}
         for name, tensor in declared.items():
-            if name != xiaomi.MASK_EMBEDDING:
-                kinds[name.startswith(xiaomi.DRAFTER_FOLDER)][tensor.dtype, tensor.shape] += 1
+            if name != layouts.MASK_EMBEDDING:
+                kinds[name.startswith(layouts.DRAFTER_FOLDER)][tensor.dtype, tensor.shape] += 1
         # Most of 160,000 tensors are experts', all alike.
         elements: dict[str, int] = {}
         for (dtype, shape), times in kinds[False].items():
@@ -58,7 +61,7 @@ class Stored:
         if size:
             elements["BF16"] = elements.get("BF16", 0) + size
         drafter_bytes = sum(
-            times * math.prod(shape) * xiaomi.BYTES[dtype]
+            times * math.prod(shape) * layouts.BYTES[dtype]
             for (dtype, shape), times in kinds[True].items()
         )
         own, drafter = kinds[False].total(), kinds[True].total()
@@ -80,7 +83,7 @@ class Model:
     name: str
     config: ModelConfig
     drafter: AnyDrafterConfig | None
-    layout: xiaomi.Layout | None
+    layout: layouts.Layout | None
     stored: Stored | None
 
 
@@ -129,7 +132,7 @@ def _choose(found: Model, wanted: AnyDrafterConfig | bool | str) -> AnyDrafterCo
 
 def _preset(name: str) -> Model:
     drafter = drafter_preset(name) if name in preset_names(drafter=True) else None
-    config, layout, stored = preset(name), xiaomi.LAYOUTS.get(xiaomi.RELEASES.get(name, "")), None
+    config, layout, stored = preset(name), layouts.LAYOUTS.get(layouts.RELEASES.get(name, "")), None
     if layout is not None:
         stored = Stored.of(xiaomi.declare(config, drafter, layout), ENCODERS.get(name, (0, 0)))
     return Model(name, config, drafter, layout, stored)
@@ -144,13 +147,13 @@ def _in_directory(directory: Path) -> Model:
     tensors = _tensors(directory)
     if tensors is None:
         return Model(str(directory), config, drafter, _layout(fields), None)
-    layout, config = xiaomi.detect(config, tensors)
+    layout, config = recognition.detect(config, tensors)
     elements: dict[str, int] = {}
     for tensor in tensors.values():
-        size = tensor.nbytes // xiaomi.BYTES.get(tensor.dtype, 1)
+        size = tensor.nbytes // layouts.BYTES.get(tensor.dtype, 1)
         elements[tensor.dtype] = elements.get(tensor.dtype, 0) + size
-    skipped = [t for name, t in tensors.items() if name.startswith(xiaomi.SKIPPED)]
-    encoders = len(skipped), sum(t.nbytes for t in skipped) // xiaomi.BYTES["BF16"]
+    skipped = [t for name, t in tensors.items() if name.startswith(layouts.SKIPPED)]
+    encoders = len(skipped), sum(t.nbytes for t in skipped) // layouts.BYTES["BF16"]
     return Model(str(directory), config, drafter, layout, Stored(len(tensors), elements, *encoders))
 
 
@@ -164,11 +167,11 @@ def _tensors(directory: Path) -> dict[str, StoredTensor] | None:
         return None
 
 
-def _layout(fields: dict[str, Any]) -> xiaomi.Layout | None:
+def _layout(fields: dict[str, Any]) -> layouts.Layout | None:
     """How a release stores its weights, by its config.json alone; None if that does not say."""
     quantization = fields.get("quantization_config") or {}
     if quantization.get("quant_method") != "fp8":
         return None
     fused = fields.get("attention_projection_layout") == "fused_qkv"
-    experts = xiaomi.MXFP4 if quantization.get("store_dtype") == "mxfp4" else xiaomi.FP8
-    return xiaomi.Layout(fused=fused, linear=xiaomi.FP8, experts=experts)
+    experts = layouts.MXFP4 if quantization.get("store_dtype") == "mxfp4" else layouts.FP8
+    return layouts.Layout(fused=fused, linear=layouts.FP8, experts=experts)

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mimo_jax.checkpoint.xiaomi import BYTES, FP8
-from mimo_jax.config import AnyDrafterConfig, ModelConfig
+from mimo_jax.checkpoint.layout import BYTES, FP8
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.batch import CHUNKS
 from mimo_jax.decode.program import Plan, Settings, make_plan
+from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.planning.groups import EMBEDDING, EXPERTS, HEAD, gigabytes, group_of
 from mimo_jax.planning.models import Stored, find_model

@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.config import parse_json
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import parse_json
 from mimo_jax.text import mimo_format
 from mimo_jax.text.answer import THINK
 from mimo_jax.text.messages import check_messages, check_tools

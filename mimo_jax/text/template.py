@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.config import parse_json
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import parse_json
 from mimo_jax.text.parts import Part, merge, split
 from mimo_jax.text.sandbox import LONGEST
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.cache import LayerCache
-from mimo_jax.config import DrafterConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo, head_logits, tap
 from mimo_jax.sharding import Parallel

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.flat import flatten, nest
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.quant.mxfp4 import quantize
 from mimo_jax.sharding import make_mesh

@@ -1,6 +1,7 @@
 """Floating-point operations of training, counted from the shapes: products alone."""
 
-from mimo_jax.config import AttentionConfig, DrafterConfig, ModelConfig
+from mimo_jax.config import AttentionConfig, ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 
 
 def forward_flops(config: ModelConfig, length: int, head: bool = True) -> float:

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, Shaped
 
 from mimo_jax.checkpoint.manifest import write_atomically
-from mimo_jax.config import parse_json
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import parse_json
 from mimo_jax.text.tokenizer import Tokenizer
 from mimo_jax.train.corpus import SEPARATOR, read_archive
 

@@ -8,8 +8,10 @@ from typing import Any
 from flax import nnx
 
 from mimo_jax.checkpoint import manifest, store
-from mimo_jax.config import DrafterConfig, ModelConfig, read_json
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.text.tokenizer import Tokenizer, train_tokenizer
 from mimo_jax.train.config import TrainConfig, load_config

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from h200 import Case
 from jax.sharding import PartitionSpec
 
-from mimo_jax.config import MTPConfig
 from mimo_jax.decode.kernel_weights import kernel_plan
 from mimo_jax.decode.options import Request
 from mimo_jax.decode.program import (
@@ -18,6 +17,7 @@ from mimo_jax.decode.program import (
     make_program,
     state_maker,
 )
+from mimo_jax.drafter_config import MTPConfig
 from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.sharding import shardings
 from pallas_kernels.expert_ffn import expert_ffn

@@ -18,8 +18,9 @@ from mimo_jax.checkpoint import released, store
 from mimo_jax.checkpoint.convert import convert
 from mimo_jax.checkpoint.export import export
 from mimo_jax.checkpoint.export_config import target_fields
-from mimo_jax.checkpoint.xiaomi import LAYOUTS
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.checkpoint.layout import LAYOUTS
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
 
 NANO = pathlib.Path(__file__).resolve().parents[2] / "checkpoints" / "mimo-nano"

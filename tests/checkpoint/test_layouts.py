@@ -7,17 +7,9 @@ from collections import Counter
 
 import pytest
 
-from mimo_jax.checkpoint.xiaomi import (
-    LAYOUTS,
-    MASK_EMBEDDING,
-    RELEASES,
-    Layout,
-    backwards,
-    compare,
-    declare,
-    detect,
-    recipes,
-)
+from mimo_jax.checkpoint.layout import LAYOUTS, MASK_EMBEDDING, RELEASES, Layout, backwards
+from mimo_jax.checkpoint.recognition import compare, detect
+from mimo_jax.checkpoint.xiaomi import declare, recipes
 from mimo_jax.errors import MimoError
 from mimo_jax.presets import drafter_preset, preset
 

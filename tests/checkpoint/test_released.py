@@ -303,8 +303,9 @@ def test_the_engine_opens_a_directory_as_downloaded(files, tmp_path, capsys):
     kept = answers(folder, lambda engine: loops.append(carried(engine)), linear="fp8")
     assert agree(decoded, kept)
     # Decoded weights are not held beside the codes: decoding was not moved out of the loop.
-    assert ["f32[2,1088,288]" in text for text in loops] == [True, False]
-    assert ["f8e4m3fn[2,1088,288]" in text for text in loops] == [False, True]
+    for dtype, carries in (("f32", [True, False]), ("f8e4m3fn", [False, True])):
+        names = [f"{dtype}{shape}" for shape in ("[2,1088,288]", "[2176,288]")]
+        assert [any(name in text for name in names) for text in loops] == carries
 
 
 @pytest.mark.slow

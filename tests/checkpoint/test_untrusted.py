@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from mimo_jax.checkpoint.manifest import Manifest, _hash_body
 from mimo_jax.checkpoint.safetensors import DTYPES, INDEX, TensorFiles
-from mimo_jax.config import DrafterConfig, ModelConfig, read_json
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
+from mimo_jax.json_files import read_json
 from mimo_jax.presets import drafter_preset, preset
 
 EXAMPLES = 100

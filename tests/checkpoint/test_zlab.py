@@ -16,8 +16,8 @@ from xiaomi_writer import write_safetensors
 
 import mimo_jax
 from mimo_jax.checkpoint import zlab
-from mimo_jax.config import DrafterConfig
 from mimo_jax.decode.program import make_plan
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mimo import head_logits
 from mimo_jax.sharding import Parallel, make_mesh

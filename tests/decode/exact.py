@@ -9,9 +9,10 @@ from flax import nnx
 from helpers import Decoder, make_request
 from scipy import stats
 
-from mimo_jax.config import DrafterConfig, ModelConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode import loop
 from mimo_jax.decode.prefill import prefill
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.sharding import Parallel
 
 VOCAB, TOKENS, BLOCK = 8, 4, 4

@@ -14,8 +14,9 @@ from oracles.mimo_numpy import target_forward
 from oracles.mtp_numpy import draft
 from oracles.random_weights import MARGIN, random_checkpoint, random_config, random_mtp
 
-from mimo_jax.config import ModelConfig, MTPConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.program import Settings, make_state
+from mimo_jax.drafter_config import MTPConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mtp import MTP, MTPLayer
 from mimo_jax.sharding import Parallel

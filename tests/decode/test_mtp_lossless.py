@@ -8,7 +8,7 @@ import pytest
 from decode.test_lossless import DRAWS, MAX_LEN, check_combination
 from helpers import Decoder, tiny_model
 
-from mimo_jax.config import MTPConfig
+from mimo_jax.drafter_config import MTPConfig
 
 COMBINATIONS = [
     # devices, layout, batch, layers, chunk, kind of weights, hidden state normed

@@ -10,7 +10,8 @@ from oracles.mtp_numpy import MISTAKES, mtp_logits
 from oracles.random_weights import fresh_example, random_mtp
 from tolerances import assert_close, relative_norm
 
-from mimo_jax.config import ModelConfig, MTPConfig
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import MTPConfig
 from mimo_jax.model.mimo import head_logits
 from mimo_jax.sharding import Parallel
 

@@ -5,7 +5,8 @@ import numpy as np
 from flax import nnx
 
 from mimo_jax.checkpoint.flat import unflatten
-from mimo_jax.config import DrafterConfig, ModelConfig, MTPConfig
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig, MTPConfig
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.model.mtp import MTP

@@ -14,7 +14,8 @@ from tiny_checkpoint import checkpoint  # noqa: F401
 
 import mimo_jax
 from mimo_jax import cli
-from mimo_jax.checkpoint.xiaomi import BYTES, LAYOUTS, MASK_EMBEDDING, declare
+from mimo_jax.checkpoint.layout import BYTES, LAYOUTS, MASK_EMBEDDING
+from mimo_jax.checkpoint.xiaomi import declare
 from mimo_jax.errors import MimoError
 from mimo_jax.planning.inspection import inspect
 from mimo_jax.presets import preset

@@ -18,7 +18,8 @@ from tiny_checkpoint import checkpoint  # noqa: F401
 import mimo_jax
 from mimo_jax import cli
 from mimo_jax.checkpoint import store
-from mimo_jax.checkpoint.xiaomi import BYTES, RELEASES, declare
+from mimo_jax.checkpoint.layout import BYTES, RELEASES
+from mimo_jax.checkpoint.xiaomi import declare
 from mimo_jax.decode.program import Settings, make_plan
 from mimo_jax.errors import MimoError
 from mimo_jax.planning import memory

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from helpers import Decoder, tiny_drafter, tiny_model
 
-from mimo_jax.config import DrafterConfig, ModelConfig, MTPConfig
+from mimo_jax.config import ModelConfig
 from mimo_jax.decode.program import make_plan
+from mimo_jax.drafter_config import DrafterConfig, MTPConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.sharding import AXIS, make_mesh

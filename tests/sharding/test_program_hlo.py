@@ -12,9 +12,9 @@ from helpers import make_request
 from hlo import Module
 
 from mimo_jax import cache
-from mimo_jax.config import MTPConfig
 from mimo_jax.decode.nucleus import THRESHOLDS
 from mimo_jax.decode.program import Settings, make_plan, make_program, state_maker
+from mimo_jax.drafter_config import MTPConfig
 from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.sharding import make_mesh
 
