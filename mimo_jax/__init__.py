@@ -42,7 +42,7 @@ _HOMES = {
     "ChatDelta": "decode.chat",
     "ChatOutput": "decode.chat",
     "ChatSession": "decode.chat",
-    "DrafterConfig": "config",
+    "DrafterConfig": "drafter_config",
     "Engine": "engine",
     "MemoryPlan": "planning.report",
     "MimoError": "errors",

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load(
     drafter: bool | str | Path = True,
     max_len: int | None = None,
     experts: str = "auto",
-    linear: str = "decoded",
+    linear: str = "auto",
     o_proj: str = "stored",
     layout: str = "tensor",
     kernel: bool = True,
@@ -69,7 +70,7 @@ def load(
         quantises them here, which changes them.
       linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
-        memory.
+        memory, and on Hopper GPUs less time; "auto" is "fp8" on GPUs.
       o_proj: what becomes of attention's output projections: "stored" keeps them as the checkpoint
         has them; "fp8" quantises them here, which changes them and halves what they take of memory
         and of a decoding step.
@@ -85,16 +86,10 @@ def load(
     """
     if mesh is not None and devices is not None:
         raise MimoError("mesh and devices are both given: one is enough.")
-    if layout not in RULES:
-        raise MimoError(f"layout={layout!r} is not allowed: it must be one of {list(RULES)}.")
     checkpoint = _open(path, drafter)
     mesh = make_mesh(devices) if mesh is None else mesh
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    dtype = _dtype(dtype, on_cpu)
-    mode = _experts(experts, checkpoint, dtype, on_cpu)
-    fp8 = _linear(linear, checkpoint)
-    if o_proj not in ("stored", "fp8"):
-        raise MimoError(f"o_proj={o_proj!r} is not allowed: it must be 'stored' or 'fp8'.")
+    given = dict(experts=experts, linear=linear, o_proj=o_proj, layout=layout, kernel=kernel)
+    held = _held(checkpoint, mesh, dtype=dtype, **given)
     max_len = _max_len(max_len, checkpoint.config)
     tokenizer = _tokenizer(checkpoint)
     use_compilation_cache()
@@ -107,31 +102,96 @@ def load(
     drafted = _drafter(drafter, checkpoint) if other is None else other.config
     if drafter and drafted is None:
         say(f"{path} has no drafter: decoding is plain.")
-
-    def declared(mesh: AnyMesh) -> Plan:
-        options = {"layout": layout, "packed": mode == "packed", "fp8": fp8, "dtype": dtype}
-        return make_plan(checkpoint.config, drafted, mesh, **options)
-
     block = 1 if drafted is None else drafted.block_size
-    plan = check_memory(declared, mesh, Settings(1, max_len, block, CHUNKS[-1], dtype))
-    rewritten = output_fp8_plan(plan) if o_proj == "fp8" else plan
+    settings = Settings(1, max_len, block, CHUNKS[-1], held.dtype)
+    plan = check_memory(partial(held.declare, checkpoint.config, drafted), mesh, settings)
     start = time.perf_counter()
-    params = jax.block_until_ready(_load_params(checkpoint, other, plan, say))
-    if rewritten is not plan:
-        plan, params = rewritten, quantize_output_params(plan, rewritten, params)
-    plan = dataclasses.replace(plan, kernels=kernel)
-    if mode == "packed" and kernel and not on_cpu:
-        plan, params = _for_kernel(plan, params, dtype)
-    say(_loaded(checkpoint, plan, params, mode, dtype, time.perf_counter() - start))
+    plan, params = held.load(plan, lambda: _load_params(checkpoint, other, plan, say))
+    say(_loaded(checkpoint, plan, params, held, time.perf_counter() - start))
     return Engine(
         plan,
         params,
         tokenizer,
         max_len=max_len,
-        experts=mode,
-        dtype=dtype,
+        experts=held.experts,
+        dtype=held.dtype,
         progress=progress,
         directory=checkpoint.directory,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """How a model's weights are held: what was asked for, checked and decided.
+
+    Attributes:
+      experts: "packed", "dequantized" or "dense".
+      fp8: whether FP8 weights stay so.
+      o_proj: "stored" or "fp8".
+      layout: a key of `RULES`.
+      kernel: whether to run kernels where there are some.
+      dtype: of all other weights.
+    """
+
+    experts: str
+    fp8: bool
+    o_proj: str
+    layout: str
+    kernel: bool
+    dtype: Any
+
+    def declare(self, config: ModelConfig, drafter: AnyDrafterConfig | None, mesh: AnyMesh) -> Plan:
+        """The model as it is loaded."""
+        options = dict(layout=self.layout, packed=self.experts == "packed", fp8=self.fp8)
+        return make_plan(config, drafter, mesh, dtype=self.dtype, **options)
+
+    def load(self, plan: Plan, read: Callable[[], Any]) -> tuple[Plan, Any]:
+        """Reads parameters and brings them into the form that programs take, with their plan."""
+        # What cannot be is refused before anything is read.
+        rewritten = output_fp8_plan(plan) if self.o_proj == "fp8" else plan
+        params = jax.block_until_ready(read())
+        if rewritten is not plan:
+            params = quantize_output_params(plan, rewritten, params)
+        plan = dataclasses.replace(rewritten, kernels=self.kernel)
+        on_cpu = plan.mesh.devices.flat[0].platform == "cpu"
+        if self.experts == "packed" and self.kernel and not on_cpu:
+            return _for_kernel(plan, params, self.dtype)
+        return plan, params
+
+
+def _held(
+    checkpoint: Opened,
+    mesh: Mesh,
+    *,
+    experts: str,
+    linear: str,
+    o_proj: str,
+    layout: str,
+    kernel: bool,
+    dtype: Any,
+) -> _Held:
+    """Checks the arguments of `load` of these names, and decides what "auto" is."""
+    for name, value, allowed in (
+        ("experts", experts, ("auto", "packed", "dequantized", "mxfp4")),
+        ("linear", linear, ("auto", "decoded", "fp8")),
+        ("o_proj", o_proj, ("stored", "fp8")),
+        ("layout", layout, tuple(RULES)),
+    ):
+        if value not in allowed:
+            raise MimoError(f"{name}={value!r} is not allowed: it must be one of {allowed}.")
+    if linear == "fp8" and not checkpoint.fp8:
+        raise MimoError(
+            f"linear='fp8', but {checkpoint.directory} stores no FP8 weights: use 'auto'."
+        )
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = _dtype(dtype, on_cpu)
+    return _Held(
+        experts=_experts(experts, checkpoint, dtype, on_cpu),
+        fp8=linear == "fp8" or linear == "auto" and checkpoint.fp8 and not on_cpu,
+        o_proj=o_proj,
+        layout=layout,
+        kernel=kernel,
+        dtype=dtype,
     )
 
 
@@ -149,18 +209,15 @@ def _for_kernel(plan: Plan, params: Any, dtype: Any) -> tuple[Plan, Any]:
     return packed, pack_params(plan, packed, params)
 
 
-def _loaded(
-    checkpoint: Opened, plan: Plan, params: Any, mode: str, dtype: Any, seconds: float
-) -> str:
+def _loaded(checkpoint: Opened, plan: Plan, params: Any, held: _Held, seconds: float) -> str:
     """What was loaded, in a sentence."""
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    how = (
-        f", experts decoded from MXFP4 to {jnp.dtype(dtype).name}" if mode == "dequantized" else ""
-    )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    decoded = held.experts == "dequantized"
+    how = f", experts decoded from MXFP4 to {jnp.dtype(held.dtype).name}" if decoded else ""
     platform = plan.mesh.devices.flat[0].platform
     return (
         f"Loaded {checkpoint.directory}: {checkpoint.nbytes / 1e6:.0f} MB on disk, "
-        f"{held / 1e6:.0f} MB on {plan.shards} {platform} device(s){how}, {seconds:.1f} s."
+        f"{size / 1e6:.0f} MB on {plan.shards} {platform} device(s){how}, {seconds:.1f} s."
     )
 
 
@@ -259,9 +316,6 @@ def _dtype(dtype: Any, on_cpu: bool) -> Any:
 
 def _experts(experts: str, checkpoint: Opened, dtype: Any, on_cpu: bool) -> str:
     """How the experts are held."""
-    allowed = ("auto", "packed", "dequantized", "mxfp4")
-    if experts not in allowed:
-        raise MimoError(f"experts={experts!r} is not allowed: it must be one of {allowed}.")
     if not checkpoint.packed:
         if experts == "mxfp4" and isinstance(checkpoint, released.Released):
             return "packed"
@@ -279,17 +333,6 @@ def _experts(experts: str, checkpoint: Opened, dtype: Any, on_cpu: bool) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits = weights * jnp.dtype(dtype).itemsize <= memory // 4
     return "dequantized" if on_cpu and fits else "packed"
-
-
-def _linear(linear: str, checkpoint: Opened) -> bool:
-    """Whether FP8 weights stay FP8."""
-    if linear not in ("decoded", "fp8"):
-        raise MimoError(f"linear={linear!r} is not allowed: it must be 'decoded' or 'fp8'.")
-    if linear == "fp8" and not checkpoint.fp8:
-        raise MimoError(
-            f"linear='fp8', but {checkpoint.directory} stores no FP8 weights: use 'decoded'."
-        )
-    return linear == "fp8"
 
 
 def _max_len(max_len: int | None, config: ModelConfig) -> int:

@@ -36,9 +36,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--linear",
-        choices=("decoded", "fp8"),
-        default="decoded",
-        help="FP8 weights decoded once (default), or at each use: less memory",
+        choices=("auto", "decoded", "fp8"),
+        default="auto",
+        help="FP8 weights decoded once, or at each use: less memory; auto (default): so on GPUs",
     )
     group.add_argument(
         "--o-proj",

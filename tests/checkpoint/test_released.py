@@ -334,6 +334,7 @@ def test_the_engines_other_ways_to_open_it(files, tmp_path):
     [
         ({"linear": "fp8"}, "linear='fp8', but .* stores no FP8 weights"),
         ({"linear": "fp4"}, "linear='fp4' is not allowed"),
+        ({"layout": "pipeline"}, "layout='pipeline' is not allowed"),
         ({"o_proj": "fp4"}, "o_proj='fp4' is not allowed"),
         ({"experts": "packed"}, "experts='packed', but .*'mxfp4'"),
         ({"experts": "fp8"}, "experts='fp8' is not allowed"),
