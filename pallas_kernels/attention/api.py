@@ -3,15 +3,15 @@
 import functools
 from collections.abc import Callable
 
-import jax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.attention.checks import check_block, check_decode, check_draft, refusal
 from pallas_kernels.attention.reference import (
     block_attention_reference,
     decode_attention_reference,
     draft_attention_reference,
 )
-from pallas_kernels.choice import check_name, choose, kernel_absence
+from pallas_kernels.choice import check_name, choose
 
 MOST_TOKENS = 16
 """Rows of a block that the kernels take."""
@@ -60,21 +60,16 @@ def decode_attention(
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    _check(q, keys, values, start, live, window, sink)
-    reference = functools.partial(_reference, window=window)
-    refusal = _misfit((q, keys, values), q.shape[1]) or kernel_absence()
-    if refusal is None:
-        from pallas_kernels.attention.mosaic_gpu import shape_of
-
-        refusal = _shapeless(shape_of(q, keys, values, window, False).misfit())
-    arguments = q, keys, values, start, live, sink
+    check_decode(q, keys, values, start, live, window, sink)
     return _run(
         "decode_attention_mosaic",
         dict(window=window),
-        reference,
-        arguments,
-        refusal,
-        implementation,
+        (q, keys, values, start, live, sink),
+        reference=functools.partial(_reference, window=window),
+        refused=_refusal(
+            dict(q=q, keys=keys, values=values), "shape_of", q, keys, values, window, sink
+        ),
+        implementation=implementation,
     )
 
 
@@ -123,19 +118,18 @@ def block_attention(
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    _check_block(qkv, cos, sin, keys, values, start, live, window, sink)
+    check_block(qkv, cos, sin, keys, values, start, live, window, sink)
     options = dict(window=window, value_scale=float(value_scale))
-    reference = functools.partial(block_attention_reference, **options)
-    if implementation == "auto" and elsewhere is not None:
-        reference = elsewhere
-    refusal = _misfit((qkv, keys, values), qkv.shape[1]) or kernel_absence()
-    if refusal is None:
-        from pallas_kernels.attention.mosaic_gpu import block_shape_of
-
-        shape = block_shape_of(qkv, cos, keys, values, window, sink, value_scale)
-        refusal = _shapeless(shape.misfit())
-    arguments = qkv, cos, sin, keys, values, start, live, sink
-    return _run("block_attention_mosaic", options, reference, arguments, refusal, implementation)
+    shaping = qkv, cos, keys, values, window, sink, value_scale
+    return _run(
+        "block_attention_mosaic",
+        options,
+        (qkv, cos, sin, keys, values, start, live, sink),
+        reference=functools.partial(block_attention_reference, **options),
+        elsewhere=elsewhere,
+        refused=_refusal(dict(qkv=qkv, keys=keys, values=values), "block_shape_of", *shaping),
+        implementation=implementation,
+    )
 
 
 def draft_attention(
@@ -177,28 +171,34 @@ def draft_attention(
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    (b, t, _, h), k, v = q.shape, keys.shape[1], values.shape[3]
-    _check(q, keys, values, start, start, window, sink)
-    if own_keys.shape != (b, t, k, h) or own_values.shape != (b, t, k, v) or window < t:
-        raise ValueError(
-            f"own_keys {own_keys.shape} and own_values {own_values.shape} must be "
-            f"{(b, t, k, h)} and {(b, t, k, v)}, window={window} at least {t}."
-        )
+    check_draft(q, own_keys, own_values, keys, values, start, window, sink)
     options = dict(window=window, causal=causal)
-    reference = functools.partial(draft_attention_reference, **options)
-    if implementation == "auto" and elsewhere is not None:
-        reference = elsewhere
-    arrays = q, own_keys, own_values, keys, values
-    refusal = _misfit(arrays, t) or kernel_absence()
-    if refusal is None:
-        from pallas_kernels.attention.mosaic_gpu import draft_shape_of
+    arrays = dict(q=q, own_keys=own_keys, own_values=own_values, keys=keys, values=values)
+    return _run(
+        "draft_attention_mosaic",
+        options,
+        (*arrays.values(), start, sink),
+        reference=functools.partial(draft_attention_reference, **options),
+        elsewhere=elsewhere,
+        refused=_refusal(arrays, "draft_shape_of", q, keys, values, window, sink, causal),
+        implementation=implementation,
+    )
 
-        refusal = _shapeless(draft_shape_of(q, keys, values, sink, window, causal).misfit())
-    arguments = *arrays, start, sink
-    return _run("draft_attention_mosaic", options, reference, arguments, refusal, implementation)
+
+def _refusal(arrays: dict, shape_of: str, *arguments) -> Exception | None:
+    """Why the kernels cannot take a call whose shapes that function of `mosaic_gpu` makes."""
+
+    def shape():
+        from pallas_kernels.attention import mosaic_gpu
+
+        return getattr(mosaic_gpu, shape_of)(*arguments)
+
+    return refusal(shape, arrays, "reference", MOST_TOKENS)
 
 
-def _run(kernel: str, options: dict, reference, arguments, refusal, implementation: str):
+def _run(
+    kernel: str, options: dict, arguments, *, reference, refused, implementation, elsewhere=None
+):
     """The kernel of that name where it can run and may, else the reference."""
     check_name(implementation)
 
@@ -211,77 +211,11 @@ def _run(kernel: str, options: dict, reference, arguments, refusal, implementati
         implementation,
         arguments,
         kernel=run,
-        reference=reference,
-        refusal=refusal,
+        reference=elsewhere if implementation == "auto" and elsewhere is not None else reference,
+        refusal=refused,
         without="Decode attention runs on the slow reference",
     )
 
 
 def _reference(q, keys, values, start, live, sink, *, window):
     return decode_attention_reference(q, keys, values, start, live, window, sink)
-
-
-def _check(q, keys, values, start, live, window, sink):
-    """Shapes that mean something, whatever implementation runs."""
-    b, t, n, h = q.shape
-    k, s = keys.shape[1:3]
-    if keys.shape != (b, k, s, h) or values.shape[:3] != (b, k, s):
-        raise ValueError(
-            f"q {q.shape}, keys {keys.shape} and values {values.shape} must be [b, t, n, h], "
-            "[b, k, s, h] and [b, k, s, v]."
-        )
-    if n % k:
-        raise ValueError(f"q has {n} heads, the cache {k}: queries must divide among them.")
-    if start.shape != (b,) or live.shape != (b,) or (sink is not None and sink.shape != (n,)):
-        raise ValueError(
-            f"start {start.shape} and live {live.shape} must be [{b}], sink, if any, [{n}]."
-        )
-    least = t if window is None else window + t - 1
-    if s < least:
-        kind = "a cache" if window is None else f"a ring for window {window}"
-        raise ValueError(f"{kind} and a block of {t} needs {least} rows or more; this has {s}.")
-
-
-def _check_block(qkv, cos, sin, keys, values, start, live, window, sink):
-    """Likewise, for a block as it was projected."""
-    (b, t, k, rows), h, v = qkv.shape, keys.shape[3], values.shape[3]
-    if (rows - v) % h or rows - v < 2 * h:
-        raise ValueError(
-            f"qkv {qkv.shape} must have whole queries and a key of {h} and a value of {v} for each "
-            "key/value head."
-        )
-    if {str(cos.dtype), str(sin.dtype)} != {"float32"}:
-        raise ValueError(f"cos and sin are {cos.dtype} and {sin.dtype}: they must be float32.")
-    if cos.shape != sin.shape or cos.shape[:2] != (b, t) or not 1 <= cos.shape[2] <= h // 2:
-        raise ValueError(
-            f"cos {cos.shape} and sin {sin.shape} must be [{b}, {t}, r], r at most {h // 2}."
-        )
-    if keys.shape[1] != k:
-        raise ValueError(f"qkv {qkv.shape} has {k} key/value heads, the cache {keys.shape[1]}.")
-    queries = jax.ShapeDtypeStruct((b, t, k * ((rows - v) // h - 1), h), qkv.dtype)
-    _check(queries, keys, values, start, live, window, sink)
-
-
-def _misfit(arrays, t: int) -> ValueError | None:
-    """Why the kernels cannot take these types, or a block of t."""
-    kinds = [str(x.dtype) for x in arrays]
-    if set(kinds) != {"bfloat16"}:
-        return ValueError(
-            f"implementation='mosaic_gpu' takes bfloat16; these are {kinds}: cast them, or use "
-            "implementation='reference'."
-        )
-    if t > MOST_TOKENS:
-        return ValueError(
-            f"implementation='mosaic_gpu' takes blocks of at most {MOST_TOKENS} tokens; this has "
-            f"{t}: use implementation='reference'."
-        )
-    return None
-
-
-def _shapeless(why: str | None) -> ValueError | None:
-    """The error for shapes that a kernel cannot take."""
-    if why is None:
-        return None
-    return ValueError(
-        f"implementation='mosaic_gpu' cannot take {why}: use implementation='reference'."
-    )

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.chunks import Chunks
-from pallas_kernels.attention.combine import WARPS, Combine
+from pallas_kernels.attention.combine import Combine
 from pallas_kernels.attention.ring import LOG2E, MASKED
+from pallas_kernels.attention.shapes import sizes_of
 
 TILE = 64
 """Rows of keys in a stage."""
@@ -112,6 +113,10 @@ class Chunked:
         if self.s % 8:
             return f"a cache of {self.s} rows; the copy engine takes multiples of 8"
         return None
+
+    def joint(self, sink: bool) -> Combine:
+        """The launch that adds up the chunks."""
+        return Combine(self.b, self.t, self.n, self.v, self.k, self.rows, self.chunks, sink)
 
     # --- a thread block ---------------------------------------------------------------------------
 
@@ -358,10 +363,14 @@ def _pick(values, index):
     return found
 
 
-def chunked_attention(q, keys, values, start, live, sink, launch=None):
+def shape_of(q, keys, values, launch: Launch | None = None) -> Chunked:
+    """The shapes of a call."""
+    return Chunked(*sizes_of(q, keys, values), launch or Launch())
+
+
+def chunked_attention(shape: Chunked, q, keys, values, start, live, sink):
     """See `api.decode_attention`, for a cache that holds all positions; two launches."""
-    b, t, n, h = q.shape
-    shape = Chunked(b, t, n, h, values.shape[3], keys.shape[1], keys.shape[2], launch or Launch())
+    b, t, _, h = q.shape
     # Head by head of a key/value head, token by token: for one key/value head that is q as it lies.
     rows = q.reshape(b, t, shape.k, shape.group, h).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(b, shape.k, t * shape.group, h)
@@ -372,45 +381,5 @@ def chunked_attention(q, keys, values, start, live, sink, launch=None):
 
 def attend_rows(shape: Chunked, rows, keys, values, start, live, sink):
     """The two launches, on queries [b, k, shape.rows, h]; those that fill up may be anything."""
-    parts, tops, totals = shape.call(rows, keys, values, start, live)
-    return combine(shape, rows.dtype, parts, tops, totals, start, live, sink)
-
-
-def combine(shape: Chunked, dtype, parts, tops, totals, start, live, sink):
-    """Adds up the chunks: the second launch."""
-    joint = Combine(
-        shape.b, shape.t, shape.n, shape.v, shape.k, shape.rows, shape.chunks, sink is not None
-    )
-    named = dict(parts=parts, tops=tops, totals=totals, start=start, live=live)
-    if sink is not None:
-        named["sink"] = sink.astype(jnp.float32)
-    shared = dict(
-        factors=joint.padded, sums=WARPS * shape.v, tops_shared=WARPS, totals_shared=WARPS
-    )
-    names = (*named, "out", *shared)
-
-    def body(*refs):
-        from pallas_kernels.attention.machine import Machine, Reg
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(names), plgpu.Layout.WG_SPLAT))
-        def run(_, *given):
-            *memory, block = given
-            joint.run(
-                Machine(32 * WARPS),
-                Reg(block.registers.item()),
-                dict(zip(names, memory, strict=True)),
-            )
-
-        run(*refs, lax.axis_index("block"))
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((shape.b, shape.t, shape.n, shape.v), dtype),
-        grid=(joint.blocks,),
-        grid_names=("block",),
-        num_threads=WARPS // 4,
-        thread_name="wg",
-        scratch_types=[plgpu.SMEM((size,), jnp.float32) for size in shared.values()],
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        kernel_name="attention_combine",
-    )(*named.values())
+    found = shape.call(rows, keys, values, start, live)
+    return shape.joint(sink is not None).call(rows.dtype, *found, start, live, sink)

@@ -2,7 +2,11 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from pallas_kernels.attention.chunks import Chunks
+from pallas_kernels.attention.launch import launch_lanes
 from pallas_kernels.attention.ring import LOG2E, MASKED
 
 WARPS = 8
@@ -29,8 +33,30 @@ class Combine:
         """Thread blocks."""
         return self.b * self.t * self.n
 
+    @property
+    def shared(self) -> dict[str, int]:
+        """Sizes of the arrays in shared memory."""
+        return dict(
+            factors=self.padded, sums=WARPS * self.v, tops_shared=WARPS, totals_shared=WARPS
+        )
+
+    def call(self, dtype, parts, tops, totals, start, live, sink):
+        """Launches, on what the chunks left."""
+        inputs = dict(parts=parts, tops=tops, totals=totals, start=start, live=live)
+        if self.sink:
+            inputs["sink"] = sink.astype(jnp.float32)
+        return launch_lanes(
+            self,
+            inputs,
+            jax.ShapeDtypeStruct((self.b, self.t, self.n, self.v), dtype),
+            blocks=self.blocks,
+            warps=WARPS,
+            shared=self.shared,
+            name="attention_combine",
+        )
+
     def run(self, m, block, refs):
-        """Writes one query row; refs as `chunked.py` names them."""
+        """Writes one query row."""
         group = self.n // self.k
         row = block % (self.t * group)
         kv = block // (self.t * group) % self.k

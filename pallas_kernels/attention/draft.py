@@ -8,16 +8,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels.attention.ring import (
-    KEYS,
-    MASKED,
-    ROWS,
-    Place,
-    Ring,
-    bytes_of,
-    columns_of,
-    launch,
-)
+from pallas_kernels.attention.ring import KEYS, MASKED, ROWS, Place, Ring, bytes_of, columns_of
+from pallas_kernels.attention.shapes import sizes_of
 
 WARPS = 8
 """Of a thread block: each has registers for what it loads and for its sums."""
@@ -153,16 +145,15 @@ def _joined(m, carry, share):
     return [*found, *totals, *joined[0], *joined[1]]
 
 
-def draft_ring(q, own_keys, own_values, keys, values, start, sink, window: int, causal: bool):
+def shape_of(q, keys, values, window: int, sink, causal: bool) -> Draft:
+    """The shapes of a call."""
+    *sizes, held = sizes_of(q, keys, values)
+    known = *sizes, held + q.shape[1], window, sink is not None, causal
+    return Draft(*known, sink_bytes=bytes_of(sink))
+
+
+def draft_ring(shape: Draft, q, own_keys, own_values, keys, values, start, sink):
     """See `api.draft_attention`; one launch."""
-    shape = shape_of(q, keys, values, sink, window, causal)
     inputs = dict(q=q, own_keys=own_keys, own_values=own_values, keys=keys, values=values)
     inputs |= dict(start=start, live=jnp.zeros_like(start))
-    return launch(shape, inputs, sink, q.dtype)
-
-
-def shape_of(q, keys, values, sink, window: int, causal: bool) -> Draft:
-    """The shapes of a call."""
-    (b, t, n, h), (k, s), v = q.shape, keys.shape[1:3], values.shape[3]
-    known = b, t, n, h, v, k, s + t, window, sink is not None, causal
-    return Draft(*known, sink_bytes=bytes_of(sink))
+    return shape.call(inputs, sink, q.dtype)

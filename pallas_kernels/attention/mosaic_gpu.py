@@ -4,26 +4,24 @@ import functools
 
 import jax
 
-from pallas_kernels.attention import draft, ring_block, turn
-from pallas_kernels.attention.chunked import Chunked, Launch, chunked_attention
-from pallas_kernels.attention.ring import Ring, ring_attention
+from pallas_kernels.attention import chunked, draft, ring, ring_block, turn
 
 
-def shape_of(q, keys, values, window, sink: bool, launch: Launch | None = None) -> Ring | Chunked:
+def shape_of(
+    q, keys, values, window, sink, launch: chunked.Launch | None = None
+) -> ring.Ring | chunked.Chunked:
     """The call's shapes, with the work of a thread block."""
-    b, t, n, h = q.shape
-    k, s = keys.shape[1:3]
     if window is not None:
-        return Ring(b, t, n, h, values.shape[3], k, s, window, sink)
-    return Chunked(b, t, n, h, values.shape[3], k, s, launch or Launch())
+        return ring.shape_of(q, keys, values, window, sink)
+    return chunked.shape_of(q, keys, values, launch)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "launch"))
 def decode_attention_mosaic(q, keys, values, start, live, sink, *, window, launch=None):
     """See `api.decode_attention`; `launch` is for long caches."""
-    if window is not None:
-        return ring_attention(q, keys, values, start, live, sink, window)
-    return chunked_attention(q, keys, values, start, live, sink, launch)
+    shape = shape_of(q, keys, values, window, sink, launch)
+    attend = chunked.chunked_attention if window is None else ring.ring_attention
+    return attend(shape, q, keys, values, start, live, sink)
 
 
 def block_shape_of(
@@ -38,10 +36,9 @@ def block_shape_of(
 @functools.partial(jax.jit, static_argnames=("window", "value_scale"))
 def block_attention_mosaic(qkv, cos, sin, keys, values, start, live, sink, *, window, value_scale):
     """See `api.block_attention`."""
-    arguments = qkv, cos, sin, keys, values, start, live, sink
-    if window is not None:
-        return ring_block.ring_block(*arguments, window, value_scale)
-    return turn.turned_block(*arguments, value_scale)
+    shape = block_shape_of(qkv, cos, keys, values, window, sink, value_scale)
+    attend = turn.turned_block if window is None else ring_block.ring_block
+    return attend(shape, qkv, cos, sin, keys, values, start, live, sink)
 
 
 draft_shape_of = draft.shape_of
@@ -50,4 +47,5 @@ draft_shape_of = draft.shape_of
 @functools.partial(jax.jit, static_argnames=("window", "causal"))
 def draft_attention_mosaic(q, own_keys, own_values, keys, values, start, sink, *, window, causal):
     """See `api.draft_attention`."""
-    return draft.draft_ring(q, own_keys, own_values, keys, values, start, sink, window, causal)
+    shape = draft_shape_of(q, keys, values, window, sink, causal)
+    return draft.draft_ring(shape, q, own_keys, own_values, keys, values, start, sink)

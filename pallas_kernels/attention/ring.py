@@ -11,8 +11,9 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.launch import launch_lanes
+from pallas_kernels.attention.shapes import sizes_of
 
 KEYS = 16
 """Rows of a ring in a warp's share."""
@@ -92,6 +93,12 @@ class Ring:
         return -(-self.shares // 4)
 
     @property
+    def shared(self) -> dict[str, int]:
+        """Sizes of the arrays in shared memory: what the warps leave."""
+        rows = self.shares * ROWS
+        return dict(sums=rows * self.v, tops=rows, totals=rows)
+
+    @property
     def columns(self) -> list[tuple[int, int]]:
         """(first column, columns of a lane) of the value columns' pieces: 8 lanes side by side."""
         whole = [(64 * i, 8) for i in range(self.v // 64)]
@@ -104,6 +111,21 @@ class Ring:
         if self.h % 16 or self.v % 32:
             return f"heads of {self.h} and {self.v}; they must be multiples of 16 and 32"
         return None
+
+    def call(self, inputs: dict, sink, dtype):
+        """Launches a thread block for each tile of query rows; inputs may be written to."""
+        if self.sink:
+            sink = sink if self.sink_bytes == 2 else sink.astype(jnp.float32)
+            inputs = {**inputs, "sink": sink}
+        return launch_lanes(
+            self,
+            inputs,
+            jax.ShapeDtypeStruct((self.b, self.t, self.n, self.v), dtype),
+            blocks=self.b * self.k * self.tiles,
+            warps=4 * self.warpgroups,
+            shared=self.shared,
+            name=self.name,
+        )
 
     # --- one thread block -------------------------------------------------------------------------
 
@@ -325,46 +347,13 @@ def bytes_of(sink) -> int:
     return 2 if sink is not None and sink.dtype == jnp.bfloat16 and sink.size % 2 == 0 else 4
 
 
-def ring_attention(q, keys, values, start, live, sink, window: int):
+def shape_of(q, keys, values, window: int, sink) -> Ring:
+    """The shapes of a call."""
+    known = *sizes_of(q, keys, values), window, sink is not None
+    return Ring(*known, sink_bytes=bytes_of(sink))
+
+
+def ring_attention(shape: Ring, q, keys, values, start, live, sink):
     """See `api.decode_attention`; one launch."""
-    (b, t, n, h), (k, s), v = q.shape, keys.shape[1:3], values.shape[3]
-    shape = Ring(b, t, n, h, v, k, s, window, sink is not None, sink_bytes=bytes_of(sink))
     inputs = dict(q=q, keys=keys, values=values, start=start, live=live)
-    return launch(shape, inputs, sink, q.dtype)
-
-
-def launch(shape: Ring, inputs: dict, sink, dtype):
-    """Runs a thread block for each tile of query rows; inputs may be references to write to."""
-    if shape.sink:
-        sink = sink if shape.sink_bytes == 2 else sink.astype(jnp.float32)
-        inputs = {**inputs, "sink": sink}
-    names = (*inputs, "out", "sums", "tops", "totals")
-
-    def body(*refs):
-        from pallas_kernels.attention.machine import Machine, Reg
-
-        kinds = (*[plgpu.RefType()] * len(names), plgpu.Layout.WG_SPLAT)
-
-        @plgpu.inline_mgpu(arg_types=kinds)
-        def run(_, *given):
-            *memory, block = given
-            machine = Machine(128 * shape.warpgroups)
-            shape.run(machine, Reg(block.registers.item()), dict(zip(names, memory, strict=True)))
-
-        run(*refs, lax.axis_index("block"))
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((shape.b, shape.t, shape.n, shape.v), dtype),
-        grid=(shape.b * shape.k * shape.tiles,),
-        grid_names=("block",),
-        num_threads=shape.warpgroups,
-        thread_name="wg",
-        scratch_types=[
-            plgpu.SMEM((shape.shares * ROWS * shape.v,), jnp.float32),
-            plgpu.SMEM((shape.shares * ROWS,), jnp.float32),
-            plgpu.SMEM((shape.shares * ROWS,), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        kernel_name=shape.name,
-    )(*inputs.values())
+    return shape.call(inputs, sink, q.dtype)

@@ -8,11 +8,10 @@ before or after: they take the new ones instead.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.attention import rotary
-from pallas_kernels.attention.ring import Ring, bytes_of, columns_of, launch
+from pallas_kernels.attention.ring import Ring, bytes_of, columns_of
+from pallas_kernels.attention.shapes import block_sizes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,29 +116,17 @@ def _chosen(m, condition, new, old):
     ]
 
 
-def queries_of(qkv, keys, values) -> int:
-    """Query heads in the product."""
-    return (qkv.shape[3] - values.shape[3]) // keys.shape[3] * qkv.shape[2] - qkv.shape[2]
-
-
-def rounded(scale: float) -> float:
-    """As bfloat16 has it."""
-    return float(np.asarray(scale, jnp.bfloat16))
-
-
 def shape_of(qkv, cos, keys, values, window: int, sink, value_scale: float) -> RingBlock:
     """The shapes of a call."""
-    (b, k, s, h), v, t = keys.shape, values.shape[3], qkv.shape[1]
-    n, half = queries_of(qkv, keys, values), cos.shape[2]
-    known = b, t, n, h, v, k, s, window, sink is not None, half, rounded(value_scale)
-    return RingBlock(*known, sink_bytes=bytes_of(sink))
+    known = *block_sizes_of(qkv, keys, values), window, sink is not None
+    turned = cos.shape[2], rotary.rounded(value_scale)
+    return RingBlock(*known, *turned, sink_bytes=bytes_of(sink))
 
 
-def ring_block(qkv, cos, sin, keys, values, start, live, sink, window: int, value_scale: float):
+def ring_block(shape: RingBlock, qkv, cos, sin, keys, values, start, live, sink):
     """See `api.block_attention`, for a ring; one launch."""
-    shape = shape_of(qkv, cos, keys, values, window, sink, value_scale)
     # Written in place: the program has no copy of them if the caller's are not used after it.
     held = [jax.new_ref(x) for x in (keys, values)]
     inputs = dict(qkv=qkv, cos=cos, sin=sin, keys=held[0], values=held[1], start=start, live=live)
-    out = launch(shape, inputs, sink, qkv.dtype)
+    out = shape.call(inputs, sink, qkv.dtype)
     return out, *(jax.freeze(ref) for ref in held)

@@ -4,6 +4,9 @@ A lane has 8 columns in a row of each 32, so that a pair is in one lane if half 
 and 1 or 2 lanes apart if it is 8 or 16.
 """
 
+import jax.numpy as jnp
+import numpy as np
+
 
 def misfit(h: int, half: int) -> str | None:
     """Why a lane cannot rotate heads of h columns."""
@@ -49,6 +52,11 @@ def rotate(m, pieces, angles, half: int, c):
         pieces[i] = _turn(m, first, second, cos, minus)
         pieces[i + half // 32] = _turn(m, second, first, cos, sin)
     return pieces
+
+
+def rounded(scale: float) -> float:
+    """As bfloat16 has it."""
+    return float(np.asarray(scale, jnp.bfloat16))
 
 
 def scaled(m, words, scale: float):

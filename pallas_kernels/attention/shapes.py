@@ -1,6 +1,17 @@
-"""Real shapes of decode attention, for tests and benchmarks."""
+"""Sizes of a call of attention; real shapes, for tests and benchmarks."""
 
 import dataclasses
+
+
+def sizes_of(q, keys, values) -> tuple[int, ...]:
+    """b, t, n, h, v, k, s, as `ring.Ring` has them."""
+    return *q.shape, values.shape[3], *keys.shape[1:3]
+
+
+def block_sizes_of(qkv, keys, values) -> tuple[int, ...]:
+    """The same of a block as it was projected: each key/value head's queries, key and value."""
+    (b, k, s, h), v, t = keys.shape, values.shape[3], qkv.shape[1]
+    return b, t, k * ((qkv.shape[3] - v) // h - 1), h, v, k, s
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import rotary
 from pallas_kernels.attention.chunked import Chunked, Launch, attend_rows
+from pallas_kernels.attention.launch import launch_lanes
 from pallas_kernels.attention.ring import columns_of
-from pallas_kernels.attention.ring_block import queries_of, rounded
+from pallas_kernels.attention.shapes import block_sizes_of
 
 WARPS = 4
 HEADS = 8 * WARPS
@@ -73,7 +72,7 @@ class Turn:
         pieces = rotary.rotate(m, pieces, angles, self.half, c)
         is_query = there & (m.const(of.group) > head)
         for (at, _), words in zip(columns, pieces, strict=True):
-            m.store(refs["q"], query + at, 2, words, is_query)
+            m.store(refs["out"], query + at, 2, words, is_query)
             m.store(refs["keys"], row * of.h + at, 2, words, is_key)
 
     def _values(self, m, refs, first, row, c, where):
@@ -88,43 +87,25 @@ class Turn:
         """Launches; writes to the references `keys` and `values`, returns [b, k, rows, h]."""
         of = self.attention
         inputs = dict(qkv=qkv, cos=cos, sin=sin, keys=keys, values=values, start=start, live=live)
-        names = (*inputs, "q")
-
-        def body(*refs):
-            from pallas_kernels.attention.machine import Machine, Reg
-
-            kinds = (*[plgpu.RefType()] * len(names), plgpu.Layout.WG_SPLAT)
-
-            @plgpu.inline_mgpu(arg_types=kinds)
-            def run(_, *given):
-                *memory, block = given
-                block = Reg(block.registers.item())
-                self.run(Machine(32 * WARPS), block, dict(zip(names, memory, strict=True)))
-
-            run(*refs, lax.axis_index("block"))
-
-        return plgpu.kernel(
-            body,
-            out_type=jax.ShapeDtypeStruct((of.b, of.k, of.rows, of.h), jnp.bfloat16),
-            grid=(self.blocks,),
-            grid_names=("block",),
-            num_threads=WARPS // 4,
-            thread_name="wg",
-            compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-            kernel_name="attention_turn",
-        )(*inputs.values())
+        return launch_lanes(
+            self,
+            inputs,
+            jax.ShapeDtypeStruct((of.b, of.k, of.rows, of.h), jnp.bfloat16),
+            blocks=self.blocks,
+            warps=WARPS,
+            shared={},
+            name="attention_turn",
+        )
 
 
-def shape_of(qkv, cos, keys, values, value_scale: float, launch: Launch | None = None) -> Turn:
+def shape_of(qkv, cos, keys, values, value_scale: float) -> Turn:
     """The shapes of a call."""
-    (b, k, s, h), v, t = keys.shape, values.shape[3], qkv.shape[1]
-    chunked = Chunked(b, t, queries_of(qkv, keys, values), h, v, k, s, launch or Launch())
-    return Turn(chunked, cos.shape[2], rounded(value_scale))
+    chunked = Chunked(*block_sizes_of(qkv, keys, values), Launch())
+    return Turn(chunked, cos.shape[2], rotary.rounded(value_scale))
 
 
-def turned_block(qkv, cos, sin, keys, values, start, live, sink, value_scale: float):
+def turned_block(shape: Turn, qkv, cos, sin, keys, values, start, live, sink):
     """See `api.block_attention`, for a cache that holds all positions; three launches."""
-    shape = shape_of(qkv, cos, keys, values, value_scale)
     held = [jax.new_ref(x) for x in (keys, values)]
     q = shape.call(qkv, cos, sin, *held, start, live)
     keys, values = (jax.freeze(ref) for ref in held)

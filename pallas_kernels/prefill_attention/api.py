@@ -4,7 +4,8 @@ import functools
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.choice import check_name, choose, kernel_absence
+from pallas_kernels.attention.checks import check_arrays, refusal
+from pallas_kernels.choice import check_name, choose
 from pallas_kernels.prefill_attention.blocks import prefill_attention_blocks
 from pallas_kernels.prefill_attention.reference import prefill_attention_reference
 
@@ -73,52 +74,24 @@ def prefill_attention(
 
         return prefill_attention_mosaic(*arguments, window=window)
 
+    def shape():
+        from pallas_kernels.prefill_attention.mosaic_gpu import shape_of
+
+        return shape_of(q, keys, values, None)
+
     return choose(
         implementation,
         arguments,
         kernel=kernel,
         reference=blocks,
-        refusal=_misfit(q, keys, values) or kernel_absence(),
+        refusal=refusal(shape, dict(q=q, keys=keys, values=values), "blocks"),
         without="Prefill attention runs in blocks of jnp, which is slow",
     )
 
 
 def _check(q, keys, values, start, live, first, window, sink):
     """Shapes that mean something, whatever implementation runs."""
-    b, _, n, h = q.shape
-    k, s = keys.shape[1:3]
-    if keys.shape != (b, k, s, h) or values.shape[:3] != (b, k, s):
-        raise ValueError(
-            f"q {q.shape}, keys {keys.shape} and values {values.shape} must be [b, t, n, h], "
-            "[b, k, s, h] and [b, k, s, v]."
-        )
-    if n % k:
-        raise ValueError(f"q has {n} heads, the keys {k}: queries must divide among them.")
     if first is not None and window is None:
         raise ValueError("first is for windows: without one, keys begin at position 0.")
-    numbers = {"start": start, "live": live} | ({} if first is None else {"first": first})
-    if any(x.shape != (b,) for x in numbers.values()):
-        shapes = ", ".join(f"{name} {x.shape}" for name, x in numbers.items())
-        raise ValueError(f"{shapes} must be [{b}].")
-    if sink is not None and sink.shape != (n,):
-        raise ValueError(f"sink {sink.shape} must be [{n}].")
-
-
-def _misfit(q, keys, values) -> ValueError | None:
-    """Why the kernel cannot take these arguments."""
-    kinds = [str(x.dtype) for x in (q, keys, values)]
-    if set(kinds) != {"bfloat16"}:
-        return ValueError(
-            f"implementation='mosaic_gpu' takes bfloat16; q, keys and values are {kinds}: cast "
-            "them, or use implementation='blocks'."
-        )
-    if kernel_absence():
-        return None
-    from pallas_kernels.prefill_attention.mosaic_gpu import shape_of
-
-    why = shape_of(q, keys, values, None).misfit()
-    if why is None:
-        return None
-    return ValueError(
-        f"implementation='mosaic_gpu' cannot take {why}: use implementation='blocks'."
-    )
+    numbers = dict(start=start, live=live) | ({} if first is None else dict(first=first))
+    check_arrays(q, keys, values, sink, "keys", **numbers)

@@ -15,7 +15,7 @@ from attention_cases import BF16, cache, distance, history, normal, reference
 from numpy_machine import NumpyMachine
 
 from pallas_kernels.attention.chunked import Chunked, Launch
-from pallas_kernels.attention.combine import WARPS, Combine
+from pallas_kernels.attention.combine import WARPS
 
 TOLERANCE = 5e-3
 
@@ -31,9 +31,7 @@ def parts_of(shape, q, keys, values, start, live):
 
 def add_up(shape, parts, start, live, sink):
     """The second launch."""
-    joint = Combine(
-        shape.b, shape.t, shape.n, shape.v, shape.k, shape.rows, shape.chunks, sink is not None
-    )
+    joint = shape.joint(sink is not None)
     refs = dict(zip(("parts", "tops", "totals"), map(np.asarray, parts), strict=True))
     refs |= dict(start=start, live=live)
     if sink is not None:
@@ -41,9 +39,7 @@ def add_up(shape, parts, start, live, sink):
     refs["out"] = np.full((shape.b, shape.t, shape.n, shape.v), np.nan, BF16)
     for block in range(joint.blocks):
         machine = NumpyMachine(32 * WARPS)
-        for name, size in dict(
-            factors=joint.padded, sums=WARPS * shape.v, tops_shared=WARPS, totals_shared=WARPS
-        ).items():
+        for name, size in joint.shared.items():
             refs[name] = np.full(size, np.nan, np.float32)
         joint.run(machine, machine.const(block), refs)
     return refs["out"]

@@ -26,8 +26,8 @@ def run(shape, arguments):
     refs["out"] = np.full((shape.b, shape.t, shape.n, shape.v), np.nan, BF16)
     for block in range(shape.b * shape.k * shape.tiles):
         machine = NumpyMachine(128 * shape.warpgroups)
-        for name, size in (("sums", 16 * shape.v), ("tops", 16), ("totals", 16)):
-            refs[name] = np.full(shape.shares * size, np.nan, np.float32)
+        for name, size in shape.shared.items():
+            refs[name] = np.full(size, np.nan, np.float32)
         shape.run(machine, machine.const(block), refs)
     return refs["out"]
 

@@ -8,7 +8,7 @@ from attention_cases import cache, distance, history, normal, reference
 from mimo_jax.cache import LayerCache
 from mimo_jax.model.attention import attend, causal
 from mimo_jax.model.layers import rope, rotary_angles
-from pallas_kernels.attention import api, block_attention, decode_attention
+from pallas_kernels.attention import block_attention, checks, decode_attention
 from pallas_kernels.attention.chunks import SMALLEST, Chunks
 from pallas_kernels.attention.shapes import SHAPES
 
@@ -114,7 +114,7 @@ def test_what_does_not_fit_a_block_is_refused(change, what):
         shapes["sin"] = shapes["cos"]
     arrays = {k: v if k == "window" else jnp.zeros(v) for k, v in shapes.items()}
     with pytest.raises(ValueError, match=what):
-        api._check_block(**{"sink": None, "window": None, **arrays})
+        checks.check_block(**{"sink": None, "window": None, **arrays})
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused(change, what):
         for name, value in (shapes | change).items()
     }
     with pytest.raises(ValueError, match=what):
-        api._check(**{"sink": None, "window": None, **arrays})
+        checks.check_decode(**{"sink": None, "window": None, **arrays})
 
 
 def test_an_unknown_implementation_is_refused(rng):

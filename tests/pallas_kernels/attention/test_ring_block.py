@@ -11,7 +11,8 @@ from attention_cases import BF16, normal
 from block_cases import bits, make, reference, written, wrong
 from numpy_machine import NumpyMachine
 
-from pallas_kernels.attention.ring_block import RingBlock, rounded
+from pallas_kernels.attention.ring_block import RingBlock
+from pallas_kernels.attention.rotary import rounded
 
 NAMES = ("qkv", "cos", "sin", "keys", "values", "start", "live", "sink")
 SCALE = 0.707
@@ -25,8 +26,8 @@ def run(shape, arguments, backwards=False):
     blocks = range(shape.b * shape.k * shape.tiles)
     for block in reversed(blocks) if backwards else blocks:
         machine = NumpyMachine(128 * shape.warpgroups)
-        for name, size in (("sums", 16 * shape.v), ("tops", 16), ("totals", 16)):
-            refs[name] = np.full(shape.shares * size, np.nan, np.float32)
+        for name, size in shape.shared.items():
+            refs[name] = np.full(size, np.nan, np.float32)
         shape.run(machine, machine.const(block), refs)
     return refs["out"], refs["keys"], refs["values"]
 

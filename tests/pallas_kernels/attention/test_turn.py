@@ -13,7 +13,7 @@ from numpy_machine import NumpyMachine
 
 from pallas_kernels.attention.chunked import Chunked, Launch
 from pallas_kernels.attention.reference import decode_attention_reference
-from pallas_kernels.attention.ring_block import rounded
+from pallas_kernels.attention.rotary import rounded
 from pallas_kernels.attention.turn import WARPS, Turn
 
 NAMES = ("qkv", "cos", "sin", "keys", "values", "start", "live")
@@ -27,11 +27,11 @@ def run(shape: Turn, arguments):
     of = shape.attention
     refs = dict(zip(NAMES, arguments[:7], strict=True))
     refs |= dict(keys=refs["keys"].copy(), values=refs["values"].copy())
-    refs["q"] = np.full((of.b, of.k, of.rows, of.h), np.nan, BF16)
+    refs["out"] = np.full((of.b, of.k, of.rows, of.h), np.nan, BF16)
     for block in range(shape.blocks):
         machine = NumpyMachine(32 * WARPS)
         shape.run(machine, machine.const(block), refs)
-    q = refs["q"][:, :, : of.t * of.group].reshape(of.b, of.k, of.t, of.group, of.h)
+    q = refs["out"][:, :, : of.t * of.group].reshape(of.b, of.k, of.t, of.group, of.h)
     q = q.transpose(0, 2, 1, 3, 4).reshape(of.b, of.t, of.n, of.h)
     known = refs["keys"], refs["values"], refs["start"], refs["live"], None, arguments[7]
     out = decode_attention_reference(*jax.tree.map(jax.numpy.asarray, (q, *known)))
