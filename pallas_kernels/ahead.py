@@ -2,13 +2,11 @@
 
 import math
 
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.expert_ffn.lanes import _add, _asm, _at, _c, _mul, _scalar
+from pallas_kernels import ptx
 
-_THREADS = 128
 _PREFETCH = (
     "{\n.reg .pred p;\nsetp.gt.u32 p, $0, 0;\n@p cp.async.bulk.prefetch.L2.global [$1], $0;\n}"
 )
@@ -30,13 +28,13 @@ def prefetch(ref, num_bytes: int, block, blocks: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def run(_, ref, block):
-        thread = arith.remui(utils.thread_idx(), _c(_THREADS))
-        start = _add(_mul(_scalar(block), share), _mul(thread, chunk))
-        end = arith.minui(_c(total), _mul(_add(_scalar(block), 1), share))
-        size = arith.minui(_c(chunk), arith.subi(arith.maxui(end, start), start))
-        live = arith.cmpi(arith.CmpIPredicate.ult, thread, _c(32))
-        size = arith.select(live, size, _c(0))
-        at = _at(ref, arith.select(live, start, _c(0)), 1)
-        _asm(None, [size, at], _PREFETCH, "r,l", effects=True)
+        thread = ptx.thread()
+        start = ptx.add(ptx.mul(ptx.scalar(block), share), ptx.mul(thread, chunk))
+        end = arith.minui(ptx.int32(total), ptx.mul(ptx.add(ptx.scalar(block), 1), share))
+        size = arith.minui(ptx.int32(chunk), arith.subi(arith.maxui(end, start), start))
+        live = ptx.below(thread, 32)
+        size = arith.select(live, size, ptx.int32(0))
+        at = ptx.address(ref, arith.select(live, start, ptx.int32(0)), 1)
+        ptx.asm(None, [size, at], _PREFETCH, "r,l", effects=True)
 
     run(ref, block)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Shaped, UInt32
 
+from pallas_kernels import ptx
 from pallas_kernels.all_sum.mail import EMPTY, Mail
 from pallas_kernels.all_sum.ptx import exchange_of, opening
 
@@ -38,8 +38,8 @@ def _open(mail_ref, axis: str, devices: int) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF, _SPLAT, *[_REF] * devices))
         def run(_, own, rank, *others):
             pointers = [utils.memref_ptr(other) for other in others]
-            operands = [utils.memref_ptr(own), rank.registers.item(), *pointers]
-            _asm(operands, program, "l,r" + ",l" * devices)
+            operands = [utils.memref_ptr(own), ptx.scalar(rank), *pointers]
+            ptx.asm(None, operands, program, "l,r" + ",l" * devices, effects=True)
 
         run(ref, rank, *peers)
 
@@ -76,7 +76,8 @@ def exchange_mosaic(
         @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _SPLAT))
         def run(_, x, mail, out, block):
             pointers = [utils.memref_ptr(ref) for ref in (x, mail, out)]
-            _asm([*pointers, block.registers.item()], program, "l,l,l,r")
+            operands = [*pointers, ptx.scalar(block)]
+            ptx.asm(None, operands, program, "l,l,l,r", effects=True)
 
         run(x_ref, mail_ref, out_ref, lax.axis_index("block"))
 
@@ -95,7 +96,3 @@ def exchange_mosaic(
 
 def _parameters() -> plgpu.CompilerParams:
     return plgpu.CompilerParams(unsafe_no_auto_barriers=True)
-
-
-def _asm(operands, text: str, constraints: str) -> None:
-    llvm.inline_asm(None, operands, text, constraints, has_side_effects=True)

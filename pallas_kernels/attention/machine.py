@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, scf
+
+from pallas_kernels import ptx
 
 _PREDICATES = {"<": "slt", "<=": "sle", ">": "sgt", ">=": "sge", "==": "eq"}
 _MMA = (
@@ -93,7 +95,7 @@ class Machine:
 
     def const(self, value: int | float) -> Reg:
         """The same int or float in all threads."""
-        return Reg(utils.c(value, _i32() if isinstance(value, int) else _f32()))
+        return Reg(ptx.int32(value) if isinstance(value, int) else ptx.float32(value))
 
     def where(self, condition: Reg, a: Reg, b: Reg) -> Reg:
         """a or b."""
@@ -126,15 +128,17 @@ class Machine:
         outputs = [f"${i}" for i in range(words)]
         target = outputs[0] if words == 1 else "{" + ", ".join(outputs) + "}"
         kind = f"ld.global{'' if words == 1 else f'.v{words}'}.b32"
-        pointer, operands, constraints = _at(ref, index, width), [], "l"
+        pointer, operands, constraints = ptx.address(ref, index.value, width), [], "l"
         text = f"{kind} {target}, [${words}];"
         if where is not None:
             zeros = " ".join(f"mov.b32 {out}, 0;" for out in outputs) if other is None else ""
             text = f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0; {zeros} @p {text} }}"
-            operands = [_flag(where), *(word.value for word in other or ())]
+            operands = [ptx.flag(where.value), *(word.value for word in other or ())]
             constraints = ",".join(["l", "r", *(str(i) for i in range(len(other or ())))])
         constraints = ",".join(["=&r"] * words + [constraints])
-        return _results(words, _i32(), [pointer, *operands], text, constraints, True)
+        operands = [pointer, *operands]
+        found = ptx.results(words, ptx.i32(), operands, text, constraints, effects=True)
+        return [Reg(word) for word in found]
 
     def store(self, ref, index: Reg, width: int, words: Sequence[Reg], where: Reg) -> None:
         """1, 2 or 4 words to global memory, where the condition holds."""
@@ -143,17 +147,16 @@ class Machine:
         source = sources[0] if n == 1 else "{" + ", ".join(sources) + "}"
         kind = f"st.global{'' if n == 1 else f'.v{n}'}.b32"
         text = f"{{ .reg .pred p; setp.ne.s32 p, $0, 0; @p {kind} [$1], {source}; }}"
-        operands = [_flag(where), _at(ref, index, width), *(_word(w).value for w in words)]
-        llvm.inline_asm(
-            None, operands, text, ",".join(["r", "l"] + ["r"] * n), has_side_effects=True
-        )
+        flag, pointer = ptx.flag(where.value), ptx.address(ref, index.value, width)
+        operands = [flag, pointer, *(self.bits(w).value for w in words)]
+        ptx.asm(None, operands, text, ",".join(["r", "l"] + ["r"] * n), effects=True)
 
     def load_shared(self, ref, index: Reg, count: int) -> list[Reg]:
         """1, 2 or 4 floats of shared memory."""
-        pointer = _at(ref, index, 4)
         if count == 1:
-            return [Reg(llvm.load(_f32(), pointer, alignment=4))]
-        return _split(llvm.load(ir.VectorType.get((count,), _f32()), pointer, alignment=4 * count))
+            return [Reg(ptx.load(ref, index.value, ptx.f32()))]
+        pointer = ptx.address(ref, index.value, 4)
+        return [Reg(value) for value in ptx.load_values(pointer, 0, count, ptx.f32())]
 
     def store_shared(self, ref, index: Reg, values: Sequence[Reg], where: Reg) -> None:
         """1, 2 or 4 floats to shared memory, where the condition holds."""
@@ -162,46 +165,45 @@ class Machine:
         source = sources[0] if n == 1 else "{" + ", ".join(sources) + "}"
         kind = f"st.shared{'' if n == 1 else f'.v{n}'}.f32"
         text = f"{{ .reg .pred p; setp.ne.s32 p, $0, 0; @p {kind} [$1], {source}; }}"
-        operands = [_flag(where), _at(ref, index, 4), *(v.value for v in values)]
-        llvm.inline_asm(
-            None, operands, text, ",".join(["r", "r"] + ["f"] * n), has_side_effects=True
-        )
+        flag, pointer = ptx.flag(where.value), ptx.address(ref, index.value, 4)
+        operands = [flag, pointer, *(v.value for v in values)]
+        ptx.asm(None, operands, text, ",".join(["r", "r"] + ["f"] * n), effects=True)
 
     def barrier(self) -> None:
         """All threads of the block meet; what they wrote to shared memory can be read."""
-        llvm.inline_asm(None, [], f"bar.sync 0, {self.threads};", "", has_side_effects=True)
+        ptx.asm(None, [], f"bar.sync 0, {self.threads};", "", effects=True)
 
     def multiply(self, a: Sequence[Reg], b: Sequence[Reg], c: Sequence[Reg]) -> list[Reg]:
         """A warp's product of 16 x 16 and 16 x 8 bfloat16 plus c; fragments as PTX has them."""
         operands = [r.value for r in (*a, *b, *c)]
         constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-        return _results(4, _f32(), operands, _MMA, constraints)
+        found = ptx.results(4, ptx.f32(), operands, _MMA, constraints)
+        return [Reg(value) for value in found]
 
     def swap(self, value: Reg, mask: int) -> Reg:
         """The value of the lane whose number differs in the bits of `mask`."""
         text = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;"
-        (found,) = _results(1, _i32(), [_word(value).value], text, "=r,r", True)
+        found = Reg(ptx.asm(ptx.i32(), [self.bits(value).value], text, "=r,r", effects=True))
         return self.as_float(found) if value.is_float else found
 
     def exp2(self, x: Reg) -> Reg:
         """2^x."""
-        return _results(1, _f32(), [x.value], "ex2.approx.ftz.f32 $0, $1;", "=f,f")[0]
+        return Reg(ptx.asm(ptx.f32(), [x.value], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
     def fma(self, a: Reg, b: Reg, c: Reg) -> Reg:
         """a b + c, rounded once."""
-        operands = [a.value, b.value, c.value]
-        return _results(1, _f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")[0]
+        return Reg(ptx.fma(a.value, b.value, c.value))
 
     def pack(self, low: Reg, high: Reg) -> Reg:
         """Two floats, rounded to bfloat16, in one word."""
         operands = [high.value, low.value]
-        return _results(1, _i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")[0]
+        return Reg(ptx.asm(ptx.i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"))
 
     def halves(self, a: Reg, b: Reg, high: bool) -> Reg:
         """The low halves of two words in one word, or their high halves."""
         selector = 0x7632 if high else 0x5410
         operands = [a.value, b.value]
-        return _results(1, _i32(), operands, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r")[0]
+        return Reg(ptx.asm(ptx.i32(), operands, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r"))
 
     def unpack(self, word: Reg) -> tuple[Reg, Reg]:
         """A word's two bfloat16 as floats, the low one first."""
@@ -209,18 +211,20 @@ class Machine:
         return self.as_float(word << 16), self.as_float(high)
 
     def as_float(self, word: Reg) -> Reg:
-        """The same bits."""
-        return Reg(arith.bitcast(_f32(), word.value))
+        """The float with the bits of an int."""
+        return Reg(arith.bitcast(ptx.f32(), word.value))
+
+    def bits(self, value: Reg) -> Reg:
+        """The int with the bits of a float; an int is itself."""
+        return Reg(arith.bitcast(ptx.i32(), value.value)) if value.is_float else value
 
     def to_float(self, value: Reg) -> Reg:
         """The float of an int."""
-        return Reg(arith.sitofp(_f32(), value.value))
+        return Reg(arith.sitofp(ptx.f32(), value.value))
 
     def repeat(self, count: Reg, step: Callable, carry: Sequence[Reg]) -> list[Reg]:
         """carry = step(i, carry) for i in 0 ... count - 1."""
-        loop = scf.ForOp(
-            utils.c(0, _i32()), count.value, utils.c(1, _i32()), [r.value for r in carry]
-        )
+        loop = scf.ForOp(ptx.int32(0), count.value, ptx.int32(1), [r.value for r in carry])
         with ir.InsertionPoint(loop.body):
             inner = [Reg(value) for value in loop.inner_iter_args]
             results = step(Reg(loop.induction_variable), inner)
@@ -233,7 +237,7 @@ class Machine:
             "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; vote.sync.any.pred q, p, -1; "
             "selp.b32 $0, 1, 0, q; }"
         )
-        return _results(1, _i32(), [_flag(condition)], text, "=r,r", True)[0] > 0
+        return Reg(ptx.asm(ptx.i32(), [ptx.flag(condition.value)], text, "=r,r", effects=True)) > 0
 
     def branch(self, condition: Reg, then: Callable, otherwise: Sequence[Reg]) -> list[Reg]:
         """then() in warps for all of whose lanes the condition holds, else `otherwise`."""
@@ -243,40 +247,3 @@ class Machine:
         with ir.InsertionPoint(branch.else_block):
             scf.yield_([r.value for r in otherwise])
         return [Reg(value) for value in branch.results]
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _f32():
-    return ir.F32Type.get()
-
-
-def _flag(condition: Reg):
-    return arith.extui(_i32(), condition.value)
-
-
-def _word(reg: Reg) -> Reg:
-    return Reg(arith.bitcast(_i32(), reg.value)) if reg.is_float else reg
-
-
-def _at(ref, index: Reg, width: int):
-    wide = ir.IntegerType.get_signless(64)
-    offset = arith.muli(arith.extsi(wide, index.value), utils.c(width, wide))
-    pointer = utils.memref_ptr(ref)
-    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
-
-
-def _results(count, kind, operands, text, constraints, effects=False) -> list[Reg]:
-    if count == 1:
-        return [Reg(llvm.inline_asm(kind, operands, text, constraints, has_side_effects=effects))]
-    struct = llvm.StructType.get_literal([kind] * count)
-    result = llvm.inline_asm(struct, operands, text, constraints, has_side_effects=effects)
-    return [Reg(llvm.extractvalue(kind, result, [i])) for i in range(count)]
-
-
-def _split(vec) -> list[Reg]:
-    n = ir.VectorType(vec.type).shape[0]
-    i64 = ir.IntegerType.get_signless(64)
-    return [Reg(llvm.extractelement(vec, utils.c(i, i64))) for i in range(n)]

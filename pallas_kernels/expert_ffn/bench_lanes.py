@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.expert_ffn.lanes import Lanes, carrier, zeros
+from pallas_kernels import carriers
+from pallas_kernels.expert_ffn.lanes import Lanes, zeros
 
 
 def folded(plan, swiglu, **options):
@@ -21,9 +22,7 @@ class Stream(Lanes):
         """Leaves the stage unread."""
         self.arrive(*give_back)
 
-        @plgpu.inline_mgpu(
-            arg_types=(), return_type=plgpu.ShapeDtypeStruct((512,), jnp.float32, layout=carrier(4))
-        )
+        @plgpu.inline_mgpu(arg_types=(), return_type=carriers.carried(4, jnp.float32))
         def run(_):
             return zeros()
 

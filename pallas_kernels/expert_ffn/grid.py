@@ -14,33 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
+from pallas_kernels import ptx
 from pallas_kernels.ahead import prefetch
-from pallas_kernels.expert_ffn.lanes import (
-    _add,
-    _and,
-    _asm,
-    _at,
-    _c,
-    _constant,
-    _f32,
-    _i32,
-    _join,
-    _load,
-    _load_at,
-    _mul,
-    _scalar,
-    _shr,
-    _split,
-    _vector,
-)
 from pallas_kernels.expert_ffn.layout import CLAIM, DONE
 from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
 
-_THREADS = 128
 _SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
 _AHEAD = 16
 """Slots beyond the one that is waited for, that a look at the counts also asks about."""
-_ULT = arith.CmpIPredicate.ult
 _SLT = arith.CmpIPredicate.slt
 _EQ = arith.CmpIPredicate.eq
 
@@ -79,6 +60,8 @@ selp.u32 $0, 1, 0, q;
 }"""
 _STORE_IF = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.shared.b32 [$1], $2; }"
 _MARK_IF = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p red.shared.or.b32 [$1], $2; }"
+# So many ones. A shift by 32 is 0 in PTX, so that they are then 32.
+_MASK = "{ .reg .b32 m; shl.b32 m, 1, $1; sub.s32 $0, m, 1; }"
 _STAMP = (
     "{ .reg .b32 ns, clocks; .reg .pred p; setp.eq.s32 p, $0, 0; mov.u32 ns, %globaltimer_lo; "
     "mov.u32 clocks, %clock; @p st.global.v2.b32 [$1], {ns, clocks}; }"
@@ -115,10 +98,10 @@ class Grid:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
         def run(_, barrier, block):
             utils.warpgroup_barrier()
-            first = arith.cmpi(_EQ, _scalar(block), _c(0))
-            step = arith.select(first, _c(rest), _c(1))
-            with utils.when(arith.cmpi(_EQ, _thread(), _c(0))):
-                _asm(None, [_at(barrier, _c(0), 4), step], _MEET, "l,r", effects=True)
+            first = arith.cmpi(_EQ, ptx.scalar(block), ptx.int32(0))
+            step = arith.select(first, ptx.int32(rest), ptx.int32(1))
+            with utils.when(arith.cmpi(_EQ, ptx.thread(), ptx.int32(0))):
+                ptx.asm(None, [ptx.address(barrier, 0, 4), step], _MEET, "l,r", effects=True)
             utils.warpgroup_barrier()
 
         run(barrier_ref, block)
@@ -129,8 +112,8 @@ class Grid:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_SCALAR)
         def run(_, flags):
-            operands = [_thread(), _at(flags, _c(CLAIM), 4)]
-            return _splat(_asm(_i32(), operands, _CLAIM, "=&r,r,l", effects=True))
+            operands = [ptx.thread(), ptx.address(flags, CLAIM, 4)]
+            return _splat(ptx.asm(ptx.i32(), operands, _CLAIM, "=&r,r,l", effects=True))
 
         return run(flags_ref)
 
@@ -142,10 +125,10 @@ class Grid:
             return_type=_SCALAR,
         )
         def run(_, ticket, claims, place):
-            first = arith.cmpi(_EQ, _thread(), _c(0))
-            _store_if(first, claims, _scalar(place), _scalar(ticket))
+            first = arith.cmpi(_EQ, ptx.thread(), ptx.int32(0))
+            _store_if(first, claims, ptx.scalar(place), ptx.scalar(ticket))
             utils.warpgroup_barrier()
-            return _splat(_load(claims, _scalar(place), _i32()))
+            return _splat(ptx.load(claims, ptx.scalar(place), ptx.i32()))
 
         return run(ticket, claims_ref, place)
 
@@ -169,24 +152,27 @@ class Grid:
         )
         def run(_, flags, slot, beyond):
             # A thread for each slot: whether it is done. Then: are all up to this one, and beyond?
-            at = _at(flags, _add(_thread(), DONE), 4)
+            at = ptx.address(flags, ptx.add(ptx.thread(), DONE), 4)
             barrier = utils.warpgroup_barrier_idx(sync=False)
-            loop = scf.WhileOp([_i32()], [_c(0)])
-            with ir.InsertionPoint(loop.before.blocks.append(_i32())):
-                done = arith.cmpi(_EQ, _asm(_i32(), [at], _ACQUIRE, "=r,l", effects=True), _c(need))
+            loop = scf.WhileOp([ptx.i32()], [ptx.int32(0)])
+            with ir.InsertionPoint(loop.before.blocks.append(ptx.i32())):
+                count = ptx.asm(ptx.i32(), [at], _ACQUIRE, "=r,l", effects=True)
+                done = arith.cmpi(_EQ, count, ptx.int32(need))
 
                 def all_to(last):
-                    enough = arith.ori(done, arith.cmpi(_SLT, last, _thread()))
-                    return _asm(_i32(), [_flag(enough), barrier], _ALL, "=r,r,r", effects=True)
+                    enough = arith.ori(done, arith.cmpi(_SLT, last, ptx.thread()))
+                    operands = [ptx.flag(enough), barrier]
+                    return ptx.asm(ptx.i32(), operands, _ALL, "=r,r,r", effects=True)
 
-                here, more = all_to(_scalar(slot)), all_to(_scalar(beyond))
-                last = arith.select(arith.cmpi(_EQ, more, _c(0)), _scalar(slot), _scalar(beyond))
-                scf.condition(arith.cmpi(_EQ, here, _c(0)), [last])
-            with ir.InsertionPoint(loop.after.blocks.append(_i32())) as point:
+                here, more = all_to(ptx.scalar(slot)), all_to(ptx.scalar(beyond))
+                less = arith.cmpi(_EQ, more, ptx.int32(0))
+                last = arith.select(less, ptx.scalar(slot), ptx.scalar(beyond))
+                scf.condition(arith.cmpi(_EQ, here, ptx.int32(0)), [last])
+            with ir.InsertionPoint(loop.after.blocks.append(ptx.i32())) as point:
                 scf.yield_([point.block.arguments[0]])
             # The copy engine reads what ordinary stores wrote.
-            _asm(None, [], _BOTH_PROXIES, "", effects=True)
-            return _splat(_add(loop.results[0], 1))
+            ptx.asm(None, [], _BOTH_PROXIES, "", effects=True)
+            return _splat(ptx.add(loop.results[0], 1))
 
         beyond = jnp.minimum(slot + _AHEAD, count - 1)
         return lax.cond(known > slot, lambda: known, lambda: run(flags_ref, slot, beyond))
@@ -197,8 +183,8 @@ class Grid:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
         def run(_, flags, slot):
             utils.warpgroup_barrier()
-            at = _at(flags, _add(_scalar(slot), DONE), 4)
-            _asm(None, [at, _thread()], _TELL, "l,r", effects=True)
+            at = ptx.address(flags, ptx.add(ptx.scalar(slot), DONE), 4)
+            ptx.asm(None, [at, ptx.thread()], _TELL, "l,r", effects=True)
 
         run(flags_ref, slot)
 
@@ -207,8 +193,8 @@ class Grid:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def run(_, flags):
-            for at in (_c(CLAIM), _add(_thread(), DONE)):
-                llvm.store(_c(0), _at(flags, at, 4), alignment=4)
+            for at in (ptx.int32(CLAIM), ptx.add(ptx.thread(), DONE)):
+                llvm.store(ptx.int32(0), ptx.address(flags, at, 4), alignment=4)
 
         run(flags_ref)
 
@@ -220,9 +206,9 @@ class Grid:
         )
         def run(_, stamps, block, group):
             groups = ir.MemRefType(stamps.type).shape[1]
-            row = _add(_mul(_scalar(block), groups), _scalar(group))
-            at = _at(stamps, _add(_mul(row, EVENTS), event), 8)
-            _asm(None, [_thread(), at], _STAMP, "r,l", effects=True)
+            row = ptx.add(ptx.mul(ptx.scalar(block), groups), ptx.scalar(group))
+            at = ptx.address(stamps, ptx.add(ptx.mul(row, EVENTS), event), 8)
+            ptx.asm(None, [ptx.thread(), at], _STAMP, "r,l", effects=True)
 
         run(stamps_ref, block, group)
 
@@ -242,39 +228,38 @@ class Grid:
         run(ids_ref, routing_ref, *lists.values())
 
     def _make_list(self, ids, routing, lists):
-        c, thread = self.c, _thread()
+        c, thread = self.c, ptx.thread()
         self._clear(lists, thread)
-        active = arith.cmpi(_ULT, thread, _c(self.t * c))
-        pair = arith.minui(thread, _c(self.t * c - 1))
-        token = arith.divui(pair, _c(c))
-        mine = _load_row(ids, _mul(token, c), c, _i32())
-        shares = _load_row(routing, _mul(token, c), c, _f32())
-        nth = arith.subi(pair, _mul(token, c))
-        expert = _load(ids, pair, _i32())
+        active = ptx.below(thread, self.t * c)
+        pair = arith.minui(thread, ptx.int32(self.t * c - 1))
+        token = arith.divui(pair, ptx.int32(c))
+        mine = _load_row(ids, ptx.mul(token, c), c, ptx.i32())
+        shares = _load_row(routing, ptx.mul(token, c), c, ptx.f32())
+        nth = arith.subi(pair, ptx.mul(token, c))
+        expert = ptx.load(ids, pair, ptx.i32())
         row, rank, live, share = self._among_own(expert, nth, mine, shares)
         row = arith.andi(row, active)
         place = self._place(ids, expert, token)
         utils.warpgroup_barrier()
-        bit = arith.shli(_c(1), _and(expert, 31))
-        word = arith.select(row, _shr(expert, 5), _c(0))
-        _asm(None, [_flag(row), _at(lists["bits"], word, 4), bit], _MARK_IF, "r,r,r", effects=True)
-        second = arith.andi(row, arith.cmpi(_EQ, place, _c(TOKENS)))
+        bit = arith.shli(ptx.int32(1), ptx.and_(expert, 31))
+        word = arith.select(row, ptx.shr(expert, 5), ptx.int32(0))
+        _mark_if(row, lists["bits"], word, bit)
+        second = arith.andi(row, arith.cmpi(_EQ, place, ptx.int32(TOKENS)))
         if self.t > TOKENS:
-            at = _at(lists["bits"], _add(word, self.words), 4)
-            _asm(None, [_flag(second), at, bit], _MARK_IF, "r,r,r", effects=True)
+            _mark_if(second, lists["bits"], ptx.add(word, self.words), bit)
         utils.warpgroup_barrier()
         below, total = self._count(lists["bits"], expert)
-        slot = arith.select(row, _add(below, _shr(place, 3)), _c(0))
-        lane = token if self.t <= TOKENS else _and(place, TOKENS - 1)
-        cell = _add(_mul(slot, TOKENS), lane)
+        slot = arith.select(row, ptx.add(below, ptx.shr(place, 3)), ptx.int32(0))
+        lane = token if self.t <= TOKENS else ptx.and_(place, TOKENS - 1)
+        cell = ptx.add(ptx.mul(slot, TOKENS), lane)
         _store_if(row, lists["expert"], slot, expert)
-        _store_if(row, lists["choice"], cell, _add(_mul(token, c), rank))
+        _store_if(row, lists["choice"], cell, ptx.add(ptx.mul(token, c), rank))
         _store_if(row, lists["share"], cell, share)
         if "token" in lists:
             _store_if(row, lists["token"], cell, token)
-        first = arith.andi(active, arith.cmpi(_EQ, nth, _c(0)))
+        first = arith.andi(active, arith.cmpi(_EQ, nth, ptx.int32(0)))
         _store_if(first, lists["live"], token, live)
-        _store_if(arith.cmpi(_EQ, thread, _c(0)), lists["count"], _c(0), total)
+        _store_if(arith.cmpi(_EQ, thread, ptx.int32(0)), lists["count"], ptx.int32(0), total)
         utils.warpgroup_barrier()
 
     @property
@@ -286,60 +271,57 @@ class Grid:
         """Empty slots and an empty bit map."""
         cells = TOKENS * most_slots(self.t, self.c, self.experts)
         for name in ("choice", "token"):
-            for start in range(0, cells if name in lists else 0, _THREADS):
-                index = _add(thread, start)
-                live = arith.cmpi(_ULT, index, _c(cells))
-                _store_if(live, lists[name], arith.select(live, index, _c(0)), _c(-1))
+            for start in range(0, cells if name in lists else 0, ptx.THREADS):
+                index = ptx.add(thread, start)
+                live = ptx.below(index, cells)
+                _store_if(live, lists[name], arith.select(live, index, ptx.int32(0)), ptx.int32(-1))
         maps = self.words * (1 + (self.t > TOKENS))
-        for start in range(0, maps, _THREADS):
-            index = _add(thread, start)
-            live = arith.cmpi(_ULT, index, _c(maps))
-            _store_if(live, lists["bits"], arith.select(live, index, _c(0)), _c(0))
+        for start in range(0, maps, ptx.THREADS):
+            index = ptx.add(thread, start)
+            live = ptx.below(index, maps)
+            _store_if(live, lists["bits"], arith.select(live, index, ptx.int32(0)), ptx.int32(0))
 
     def _among_own(self, expert, nth, mine, shares):
         """Whether this is its expert's first choice by the token, its rank, its share."""
-        valid = [arith.cmpi(_ULT, own, _c(self.experts)) for own in mine]
-        repeated, rank, live, share = _false(), _c(0), _c(0), _constant(0.0)
+        valid = [ptx.below(own, self.experts) for own in mine]
+        repeated, rank, live, share = _false(), ptx.int32(0), ptx.int32(0), ptx.float32(0.0)
         for k, own in enumerate(mine):
             same = arith.cmpi(_EQ, own, expert)
-            share = arith.addf(share, arith.select(same, shares[k], _constant(0.0)))
-            earlier = arith.cmpi(_ULT, _c(k), nth)
+            share = arith.addf(share, arith.select(same, shares[k], ptx.float32(0.0)))
+            earlier = ptx.below(ptx.int32(k), nth)
             repeated = arith.ori(repeated, arith.andi(same, earlier))
             first = valid[k]
             for before in mine[:k]:
                 differs = arith.cmpi(arith.CmpIPredicate.ne, before, own)
                 first = arith.andi(first, differs)
-            live = arith.addi(live, _flag(first))
+            live = arith.addi(live, ptx.flag(first))
             smaller = arith.andi(first, arith.cmpi(_SLT, own, expert))
-            rank = arith.addi(rank, _flag(smaller))
-        known = arith.cmpi(_ULT, expert, _c(self.experts))
+            rank = arith.addi(rank, ptx.flag(smaller))
+        known = ptx.below(expert, self.experts)
         row = arith.andi(known, arith.xori(repeated, _true()))
         return row, rank, live, share
 
     def _place(self, ids, expert, token):
         """How many earlier tokens chose the expert; of no interest up to 8 tokens."""
-        place = _c(0)
+        place = ptx.int32(0)
         for other in range(self.t - 1 if self.t > TOKENS else 0):
             chose = _false()
-            for theirs in _load_row(ids, _c(other * self.c), self.c, _i32()):
+            for theirs in _load_row(ids, ptx.int32(other * self.c), self.c, ptx.i32()):
                 chose = arith.ori(chose, arith.cmpi(_EQ, theirs, expert))
-            chose = arith.andi(chose, arith.cmpi(_ULT, _c(other), token))
-            place = arith.addi(place, _flag(chose))
+            chose = arith.andi(chose, ptx.below(ptx.int32(other), token))
+            place = arith.addi(place, ptx.flag(chose))
         return place
 
     def _count(self, bits, expert):
         """Slots of experts before this one, and of all."""
-        below, total = _c(0), _c(0)
+        below, total = ptx.int32(0), ptx.int32(0)
         maps = 1 + (self.t > TOKENS)
         for start in range(0, maps * self.words, 4):
-            loaded = _load_at(_at(bits, _c(start), 4), 0, _vector(4, _i32()), 16)
-            for k, word in enumerate(_split(loaded)):
-                offset = arith.subi(expert, _c(32 * ((start + k) % self.words)))
-                offset = arith.minsi(arith.maxsi(offset, _c(0)), _c(32))
-                # A shift by 32 is 0 in PTX, so that the mask is then all ones.
-                mask = _asm(
-                    _i32(), [offset], "{ .reg .b32 m; shl.b32 m, 1, $1; sub.s32 $0, m, 1; }", "=r,r"
-                )
+            loaded = ptx.load_values(ptx.address(bits, start, 4), 0, 4, ptx.i32())
+            for k, word in enumerate(loaded):
+                offset = arith.subi(expert, ptx.int32(32 * ((start + k) % self.words)))
+                offset = arith.minsi(arith.maxsi(offset, ptx.int32(0)), ptx.int32(32))
+                mask = ptx.asm(ptx.i32(), [offset], _MASK, "=r,r")
                 below = arith.addi(below, _popcount(arith.andi(word, mask)))
                 total = arith.addi(total, _popcount(word))
         return below, total
@@ -359,79 +341,76 @@ class Grid:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * (3 + len(added))))
         def run(_, block, results, live, out, *added):
-            start = _add(_mul(_scalar(block), _THREADS), _thread())
+            start = ptx.add(ptx.mul(ptx.scalar(block), ptx.THREADS), ptx.thread())
             pieces = self.t * (d // 4)
-            for first in range(0, pieces, self.ctas * _THREADS):
-                index = _add(start, first)
-                with utils.when(arith.cmpi(_ULT, index, _c(pieces))):
-                    token = arith.divui(index, _c(d // 4))
-                    column = _mul(arith.subi(index, _mul(token, d // 4)), 4)
+            for first in range(0, pieces, self.ctas * ptx.THREADS):
+                index = ptx.add(start, first)
+                with utils.when(ptx.below(index, pieces)):
+                    token = arith.divui(index, ptx.int32(d // 4))
+                    column = ptx.mul(arith.subi(index, ptx.mul(token, d // 4)), 4)
                     self._add_piece(results, live, added, out, token, column, d)
 
         run(block, results_ref, live_ref, out_ref, *added)
 
     def _add_piece(self, results, live, added, out, token, column, d):
-        at = _add(_mul(token, d), column)
-        pairs = _split(_load_at(_at(added[0], at, 2), 0, _vector(2, _i32()), 8)) if added else []
-        count = _load(live, token, _i32())
-        base = _at(results, _add(_mul(token, self.c * d), column), 4)
-        total = [_constant(0.0)] * 4
+        at = ptx.add(ptx.mul(token, d), column)
+        pairs = ptx.load_values(ptx.address(added[0], at, 2), 0, 2, ptx.i32()) if added else []
+        count = ptx.load(live, token, ptx.i32())
+        base = ptx.address(results, ptx.add(ptx.mul(token, self.c * d), column), 4)
+        total = [ptx.float32(0.0)] * 4
         for k in range(self.c):
-            exists = arith.cmpi(_ULT, _c(k), count)
+            exists = ptx.below(ptx.int32(k), count)
             values = _load_past_l1(base, 4 * d * k, exists)
             total = [
                 arith.select(exists, arith.addf(a, b), a)
                 for a, b in zip(total, values, strict=True)
             ]
         if not added:
-            llvm.store(_join(total), _at(out, at, 4), alignment=16)
+            llvm.store(ptx.join(total), ptx.address(out, at, 4), alignment=16)
             return
         words = [
-            _asm(_i32(), [pair, *total[2 * i : 2 * i + 2]], _ADD_PAIR, "=r,r,f,f")
+            ptx.asm(ptx.i32(), [pair, *total[2 * i : 2 * i + 2]], _ADD_PAIR, "=r,r,f,f")
             for i, pair in enumerate(pairs)
         ]
-        llvm.store(_join(words), _at(out, at, 2), alignment=8)
+        llvm.store(ptx.join(words), ptx.address(out, at, 2), alignment=8)
 
 
 def _load_past_l1(base, num_bytes, exists):
-    struct = llvm.StructType.get_literal([_f32()] * 4)
     text = (
         "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; "
         "mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; "
         f"@p ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4+{num_bytes}]; }}"
     )
-    result = llvm.inline_asm(
-        struct, [base, _flag(exists)], text, "=&f,=&f,=&f,=&f,l,r", has_side_effects=True
-    )
-    return [llvm.extractvalue(_f32(), result, [i]) for i in range(4)]
+    operands, constraints = [base, ptx.flag(exists)], "=&f,=&f,=&f,=&f,l,r"
+    return ptx.results(4, ptx.f32(), operands, text, constraints, effects=True)
 
 
 def _load_row(ref, start, count, kind):
     """`count` elements from `start`, four at a time if they can be."""
     if count % 4:
-        return [_load(ref, _add(start, k), kind) for k in range(count)]
-    base = _at(ref, start, 4)
-    loads = [_load_at(base, 16 * k, _vector(4, kind), 16) for k in range(count // 4)]
-    return [value for load in loads for value in _split(load)]
+        return [ptx.load(ref, ptx.add(start, k), kind) for k in range(count)]
+    base = ptx.address(ref, start, 4)
+    loads = [ptx.load_values(base, 16 * k, 4, kind) for k in range(count // 4)]
+    return [value for values in loads for value in values]
 
 
 def _store_if(condition, ref, index, value):
     kind = "f" if isinstance(value.type, ir.F32Type) else "r"
-    _asm(
-        None, [_flag(condition), _at(ref, index, 4), value], _STORE_IF, f"r,r,{kind}", effects=True
-    )
+    operands = [ptx.flag(condition), ptx.address(ref, index, 4), value]
+    ptx.asm(None, operands, _STORE_IF, f"r,r,{kind}", effects=True)
+
+
+def _mark_if(condition, ref, index, bits):
+    operands = [ptx.flag(condition), ptx.address(ref, index, 4), bits]
+    ptx.asm(None, operands, _MARK_IF, "r,r,r", effects=True)
 
 
 def _popcount(word):
-    return _asm(_i32(), [word], "popc.b32 $0, $1;", "=r,r")
+    return ptx.asm(ptx.i32(), [word], "popc.b32 $0, $1;", "=r,r")
 
 
 def _splat(value):
     return mgpu.FragmentedArray.splat(value, (), is_signed=True)
-
-
-def _flag(condition):
-    return arith.extui(_i32(), condition)
 
 
 def _true():
@@ -440,7 +419,3 @@ def _true():
 
 def _false():
     return utils.c(0, ir.IntegerType.get_signless(1))
-
-
-def _thread():
-    return arith.remui(utils.thread_idx(), _c(_THREADS))

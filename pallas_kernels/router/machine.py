@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import scf
 
-from pallas_kernels.attention.machine import Machine, Reg, _at, _f32, _flag, _i32, _results, _word
+from pallas_kernels import ptx
+from pallas_kernels.attention.machine import Machine, Reg
 
 # Barriers of shared memory that complete when so many bytes have come. A barrier of the cluster
 # that orders stores has a fence, which waits for all loads under way: here those of the weights.
@@ -40,25 +41,23 @@ class ClusterMachine(Machine):
         super().__init__(threads)
         self.ranks = ranks
 
-    def bits(self, value: Reg) -> Reg:
-        """The bits of a float."""
-        return _word(value)
-
     def rsqrt(self, x: Reg) -> Reg:
         """1 / sqrt(x)."""
-        return _results(1, _f32(), [x.value], "rsqrt.approx.f32 $0, $1;", "=f,f")[0]
+        return Reg(ptx.rsqrt(x.value))
 
     def load_new(self, ref, index: Reg) -> Reg:
         """A float of global memory that another block of this launch wrote."""
         text = "ld.relaxed.gpu.global.b32 $0, [$1];"
-        (word,) = _results(1, _i32(), [_at(ref, index, 4)], text, "=r,l", True)
+        word = Reg(
+            ptx.asm(ptx.i32(), [ptx.address(ref, index.value, 4)], text, "=r,l", effects=True)
+        )
         return self.as_float(word)
 
     def prefetch(self, ref, index: Reg, where: Reg) -> None:
         """Brings a word of global memory, and its neighbours, to the L2 cache."""
         text = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p prefetch.global.L2 [$1]; }"
-        operands = [_flag(where), _at(ref, index, 4)]
-        llvm.inline_asm(None, operands, text, "r,l", has_side_effects=True)
+        operands = [ptx.flag(where.value), ptx.address(ref, index.value, 4)]
+        ptx.asm(None, operands, text, "r,l", effects=True)
 
     def open_inboxes(self, told, sizes: Sequence[int]) -> None:
         """Makes a block's inboxes, each for so many floats, used once; all threads come here.
@@ -70,9 +69,9 @@ class ClusterMachine(Machine):
         if self.ranks == 1:
             return
         lines = [_MAKE.format(8 * i) + _EXPECT.format(8 * i, 4 * n) for i, n in enumerate(sizes)]
-        operands = [self.thread.value, _at(told, self.const(0), 4)]
+        operands = [self.thread.value, ptx.address(told, 0, 4)]
         text = _MADE.format("".join(lines))
-        llvm.inline_asm(None, operands, text, "r,r", has_side_effects=True)
+        ptx.asm(None, operands, text, "r,r", effects=True)
 
     def begin(self) -> None:
         """Tells the cluster that the inboxes are open, once loads that come before are under way.
@@ -82,13 +81,13 @@ class ClusterMachine(Machine):
         self.barrier()
         if self.ranks > 1:
             text = "barrier.cluster.arrive.relaxed.aligned;"
-            llvm.inline_asm(None, [], text, "", has_side_effects=True)
+            ptx.asm(None, [], text, "", effects=True)
 
     def meet_cluster(self) -> None:
         """Waits until all blocks of the cluster have opened their inboxes."""
         if self.ranks > 1:
             text = "barrier.cluster.wait.aligned;"
-            llvm.inline_asm(None, [], text, "", has_side_effects=True)
+            ptx.asm(None, [], text, "", effects=True)
 
     def send(self, ref, index: Reg, value: Reg, rank: Reg, inbox: tuple, where: Reg) -> None:
         """A float to the shared memory of a block of the cluster, where the condition holds.
@@ -104,21 +103,22 @@ class ClusterMachine(Machine):
         if self.ranks == 1:
             self.store_shared(ref, index, [value], where)
             return
-        told = _at(inbox[0], self.const(2 * inbox[1]), 4)
-        operands = [_flag(where), _at(ref, index, 4), rank.value, told, value.value]
-        llvm.inline_asm(None, operands, _SEND, "r,r,r,r,f", has_side_effects=True)
+        told = ptx.address(inbox[0], 2 * inbox[1], 4)
+        flag, there = ptx.flag(where.value), ptx.address(ref, index.value, 4)
+        operands = [flag, there, rank.value, told, value.value]
+        ptx.asm(None, operands, _SEND, "r,r,r,r,f", effects=True)
 
     def receive(self, inbox: tuple) -> None:
         """Waits until an inbox of this block is full; what was sent can be read."""
         if self.ranks == 1:
             self.barrier()
             return
-        told = _at(inbox[0], self.const(2 * inbox[1]), 4)
-        llvm.inline_asm(None, [told], _RECEIVE, "r", has_side_effects=True)
+        told = ptx.address(inbox[0], 2 * inbox[1], 4)
+        ptx.asm(None, [told], _RECEIVE, "r", effects=True)
 
     def meet_warp(self) -> None:
         """The lanes of a warp meet; what they wrote to shared memory can be read by them."""
-        llvm.inline_asm(None, [], "bar.warp.sync 0xffffffff;", "", has_side_effects=True)
+        ptx.asm(None, [], "bar.warp.sync 0xffffffff;", "", effects=True)
 
     def warp_max(self, value: Reg) -> Reg:
         """The greatest int of the warp's lanes."""
@@ -131,12 +131,12 @@ class ClusterMachine(Machine):
     def of_lane(self, value: Reg, lane: int) -> Reg:
         """What a lane of the warp has."""
         text = f"shfl.sync.idx.b32 $0, $1, {lane}, 31, -1;"
-        found = _results(1, _i32(), [_word(value).value], text, "=r,r", True)[0]
+        found = Reg(ptx.asm(ptx.i32(), [self.bits(value).value], text, "=r,r", effects=True))
         return self.as_float(found) if value.is_float else found
 
     def _reduce(self, value: Reg, operation: str) -> Reg:
         text = f"redux.sync.{operation} $0, $1, -1;"
-        return _results(1, _i32(), [value.value], text, "=r,r", True)[0]
+        return Reg(ptx.asm(ptx.i32(), [value.value], text, "=r,r", effects=True))
 
     def is_last(self, counter, word: int, blocks: int, flag) -> Reg:
         """Whether this is the last of so many blocks to come here; what they wrote can be read.
@@ -148,9 +148,11 @@ class ClusterMachine(Machine):
           flag: a word of shared memory.
         """
         self.barrier()
-        operands = [self.thread.value, _at(counter, self.const(word), 4)]
-        (before,) = _results(1, _i32(), operands, _COUNT.format(blocks - 1), "=&r,r,l", True)
-        last = Reg(arith.extui(_i32(), before.equals(blocks - 1).value))
+        operands = [self.thread.value, ptx.address(counter, word, 4)]
+        before = Reg(
+            ptx.asm(ptx.i32(), operands, _COUNT.format(blocks - 1), "=&r,r,l", effects=True)
+        )
+        last = Reg(ptx.flag(before.equals(blocks - 1).value))
         self.store_shared(flag, self.const(0), [self.as_float(last)], self.thread.equals(0))
         self.barrier()
         return self.bits(self.load_shared(flag, self.const(0), 1)[0]).equals(1)

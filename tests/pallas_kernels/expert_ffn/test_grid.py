@@ -11,6 +11,7 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("the Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
 
+from pallas_kernels import ptx  # noqa: E402
 from pallas_kernels.expert_ffn import grid, slots  # noqa: E402
 
 THREADS = 128
@@ -26,6 +27,7 @@ class Arith:
     CmpIPredicate = grid.arith.CmpIPredicate
     addi = addf = staticmethod(np.add)
     subi = staticmethod(np.subtract)
+    muli = staticmethod(np.multiply)
     andi = staticmethod(np.bitwise_and)
     ori = staticmethod(np.bitwise_or)
     xori = staticmethod(np.bitwise_xor)
@@ -38,8 +40,20 @@ class Arith:
         return np.where(unsigned(a) < unsigned(b), a, b)
 
     @staticmethod
+    def extui(kind, condition):
+        return condition.astype(kind)
+
+    @staticmethod
     def divui(a, b):
         return (unsigned(a) // unsigned(b)).astype(np.int32)
+
+    @staticmethod
+    def remui(a, b):
+        return (unsigned(a) % unsigned(b)).astype(np.int32)
+
+    @staticmethod
+    def shrui(a, b):
+        return (unsigned(a) >> unsigned(b)).astype(np.int32)
 
     @staticmethod
     def shli(a, b):
@@ -49,7 +63,7 @@ class Arith:
     def cmpi(predicate, a, b):
         signed, plain = (a, b), (unsigned(a), unsigned(b))
         return {
-            grid._ULT: lambda: plain[0] < plain[1],
+            Arith.CmpIPredicate.ult: lambda: plain[0] < plain[1],
             grid._SLT: lambda: signed[0] < signed[1],
             grid._EQ: lambda: np.equal(*signed),
             Arith.CmpIPredicate.ne: lambda: np.not_equal(*signed),
@@ -73,48 +87,43 @@ def fill(value, kind=np.int32):
     return np.full(THREADS, value, kind)
 
 
+UTILS = types.SimpleNamespace(
+    c=lambda value, kind: fill(value, kind),
+    thread_idx=lambda: np.arange(THREADS, dtype=np.int32),
+    warpgroup_barrier=lambda: None,
+)
+
+
+def store_if(condition, ref, index, value):
+    for thread in np.flatnonzero(condition):
+        ref.reshape(-1)[index[thread]] = value[thread]
+
+
 @pytest.fixture
 def machine(monkeypatch):
-    """`grid` with its operations carried out in numpy."""
-
-    def whole(value):
-        return fill(value) if isinstance(value, int) else value
-
-    def load(ref, index, kind):
-        return ref.reshape(-1)[index]
-
-    def load_row(ref, start, count, kind):
-        return [ref.reshape(-1)[start + k] for k in range(count)]
-
-    def store_if(condition, ref, index, value):
-        for thread in np.flatnonzero(condition):
-            ref.reshape(-1)[index[thread]] = value[thread]
-
-    for name, fake in {
-        "arith": Arith,
-        "utils": types.SimpleNamespace(warpgroup_barrier=lambda: None),
-        "_c": fill,
-        "_constant": lambda value: fill(value, np.float32),
-        "_add": lambda a, b: a + whole(b),
-        "_mul": lambda a, b: a * whole(b),
-        "_and": lambda a, b: a & b,
-        "_shr": lambda a, b: (unsigned(a) >> b).astype(np.int32),
-        "_flag": lambda condition: np.asarray(condition, np.int32),
-        "_true": lambda: fill(True, bool),
-        "_false": lambda: fill(False, bool),
-        "_thread": lambda: np.arange(THREADS, dtype=np.int32),
-        "_i32": lambda: None,
-        "_f32": lambda: None,
-        "_vector": lambda n, kind: n,
-        "_at": lambda ref, index, size: (ref.reshape(-1), index),
-        "_load": load,
-        "_load_row": load_row,
-        "_load_at": lambda at, offset, n, alignment: [at[0][at[1] + k] for k in range(n)],
-        "_split": list,
-        "_store_if": store_if,
-        "_asm": fake_asm,
+    """`grid`, and `ptx` of which it is made, with MLIR's operations carried out in numpy."""
+    for module in (grid, ptx):
+        monkeypatch.setattr(module, "arith", Arith)
+        monkeypatch.setattr(module, "utils", UTILS)
+    for module, fakes in {
+        grid: {
+            "_true": lambda: fill(True, bool),
+            "_false": lambda: fill(False, bool),
+            "_store_if": store_if,
+        },
+        ptx: {
+            "i32": lambda: np.int32,
+            "f32": lambda: np.float32,
+            "address": lambda ref, index, size: (ref.reshape(-1), np.add(fill(0), index)),
+            "load": lambda ref, index, kind: ref.reshape(-1)[index],
+            "load_values": lambda at, num_bytes, n, kind: [
+                at[0][at[1] + num_bytes // 4 + k] for k in range(n)
+            ],
+            "asm": fake_asm,
+        },
     }.items():
-        monkeypatch.setattr(grid, name, fake)
+        for name, fake in fakes.items():
+            monkeypatch.setattr(module, name, fake)
     return grid
 
 

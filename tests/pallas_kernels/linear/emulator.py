@@ -12,8 +12,8 @@ import types
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import ahead
-from pallas_kernels.linear import lanes
+from pallas_kernels import ahead, barriers, carriers, ptx
+from pallas_kernels.linear import arithmetic, lanes, memory
 
 THREADS = 128
 U32, F32 = np.uint32, np.float32
@@ -53,7 +53,9 @@ class Pointer:
 
     def plus(self, count):
         """Some bytes on."""
-        return Pointer(self.memory, self.at + np.asarray(count).astype(np.int32))
+        return Pointer(
+            self.memory, self.at + (count if count.dtype == np.int64 else count.view(np.int32))
+        )
 
     def places(self, offset=0, where=None):
         """Of the threads that take part."""
@@ -222,21 +224,19 @@ class Assembler:
 
 
 def _inline_asm(kind, operands, text, constraints, has_side_effects=False):
-    outputs = sum("=" in c for c in constraints.split(","))
     if "mma.sync" in text:
-        a, b, c = operands[:4], operands[4:6], operands[6:]
-        return mma(list(map(full, a)), b, c)
-    return Assembler(text, outputs, operands).outputs
+        return mma(operands[:4], operands[4:6], operands[6:])
+    outputs = sum("=" in c for c in constraints.split(","))
+    found = Assembler(text, outputs, operands).outputs
+    if kind is None:
+        assert not found
+        return None
+    # Several results are a struct.
+    return found if isinstance(kind, list) else found[0]
 
 
-def _asm(kind, operands, text, constraints, effects=False):
-    found = _inline_asm(kind, operands, text, constraints)
-    return found[0] if found else None
-
-
-def _load_at(pointer, count, kind, alignment):
+def _load(kind, pointer, alignment):
     kind, n = kind if isinstance(kind, tuple) else (kind, 1)
-    pointer = pointer.plus(count)
     assert (pointer.at % alignment == 0).all()
     values = [pointer.memory.load(pointer.places(4 * i), kind) for i in range(n)]
     return values if n > 1 or alignment > 4 else values[0]
@@ -253,8 +253,8 @@ def _compare(predicate, a, b):
     return a < b
 
 
-def _struct(kinds):
-    return kinds
+def _constant(value, kind):
+    return full(value, {"i32": U32, "i64": np.int64, "f32": F32}[kind])
 
 
 def _inline_mgpu(*, arg_types, return_type=None):
@@ -264,80 +264,86 @@ def _inline_mgpu(*, arg_types, return_type=None):
     return decorate
 
 
-def _number(value):
-    return full(value) if not isinstance(value, np.ndarray) else value
+class _F32Type:
+    @staticmethod
+    def get():
+        return "f32"
 
 
-_FAKES = dict(
+def _mem_ref_type(dtype):
+    return types.SimpleNamespace(element_type=_F32Type() if dtype == F32 else None)
+
+
+# In the place of MLIR's, in all modules of which the hooks are made.
+_MLIR = dict(
     plgpu=types.SimpleNamespace(
         inline_mgpu=_inline_mgpu,
         RefType=lambda: None,
-        Layout=types.SimpleNamespace(WG_SPLAT=None, WG_STRIDED=lambda *a, **k: None),
+        Layout=types.SimpleNamespace(WG_SPLAT=None),
     ),
     arith=types.SimpleNamespace(
         CmpIPredicate=types.SimpleNamespace(ult="ult"),
         cmpi=_compare,
         select=np.where,
         extui=lambda kind, flag: flag.astype(U32),
-        divui=lambda a, b: a // b,
-        remui=lambda a, b: a % b,
+        extsi=lambda kind, value: value.view(np.int32).astype(np.int64),
+        bitcast=lambda kind, value: value.view({"i32": U32, "f32": F32}[kind]),
+        addi=np.add,
+        subi=np.subtract,
+        muli=np.multiply,
+        divui=np.floor_divide,
+        remui=np.remainder,
         minui=np.minimum,
         maxui=np.maximum,
-        subi=lambda a, b: a - b,
-        andi=np.logical_and,
-        addf=lambda a, b: a + b,
-        mulf=lambda a, b: a * b,
+        andi=np.bitwise_and,
+        ori=np.bitwise_or,
+        shrui=np.right_shift,
+        addf=np.add,
+        mulf=np.multiply,
     ),
     llvm=types.SimpleNamespace(
         inline_asm=_inline_asm,
         extractvalue=lambda kind, found, at: found[at[0]],
-        StructType=types.SimpleNamespace(get_literal=_struct),
+        StructType=types.SimpleNamespace(get_literal=list),
+        load=_load,
         store=_store,
     ),
     ir=types.SimpleNamespace(
-        MemRefType=lambda dtype: types.SimpleNamespace(element_type=dtype.type(0)),
-        F32Type=np.float32,
+        IntegerType=types.SimpleNamespace(get_signless="i{}".format),
+        F32Type=_F32Type,
+        VectorType=types.SimpleNamespace(get=lambda shape, kind: (kind, *shape)),
+        MemRefType=_mem_ref_type,
     ),
-    utils=types.SimpleNamespace(thread_idx=lambda: np.arange(THREADS, dtype=U32)),
-    _add=lambda a, b: _number(a) + _number(b),
-    _and=lambda a, mask: a & U32(mask),
-    _asm=_asm,
-    _at=lambda memory, index, size: Pointer(memory, index.astype(np.int64) * size),
-    _c=full,
-    _constant=lambda value: full(value, F32),
-    _f32=lambda: "f32",
-    _i32=lambda: "i32",
-    _join=lambda values: list(values),
-    _load_at=_load_at,
-    _mul=lambda a, b: _number(a) * _number(b),
-    _offset=lambda pointer, count: pointer.plus(count),
-    _scalar=full,
-    _shr=lambda a, bits: a >> U32(bits),
-    _split=lambda vector: list(vector),
-    _vector=lambda n, kind: (kind, n),
-    _warp_and_lane=lambda: (
-        np.arange(THREADS, dtype=U32) // U32(32),
-        np.arange(THREADS, dtype=U32) % U32(32),
+    utils=types.SimpleNamespace(
+        c=_constant,
+        thread_idx=lambda: np.arange(THREADS, dtype=U32),
+        memref_ptr=lambda memory: Pointer(memory, 0),
+        getelementptr=lambda pointer, at, kind: pointer.plus(at[0]),
     ),
-    _type=lambda per_thread, dtype: None,
-    _carry=lambda values, signed=None: list(values),
-    _values=lambda fragment: fragment,
-    carrier=lambda per_thread: None,
 )
+# An array between hooks is its list of values, as is a vector; an argument is an int of Python's.
+_OWN = {
+    ptx: dict(join=list, split=list, scalar=full),
+    carriers: dict(
+        carrier=lambda per_thread: None,
+        carried=lambda per_thread, dtype: None,
+        carry_values=lambda values, signed=None: list(values),
+        values=lambda array: array,
+    ),
+}
 
 
 @contextlib.contextmanager
 def emulated():
     """The hooks of `lanes.Lanes` compute while this lasts."""
-    before = [
-        (module, name, getattr(module, name))
-        for module in (lanes, ahead)
-        for name in _FAKES
-        if hasattr(module, name)
-    ]
+    modules = (lanes, arithmetic, memory, ahead, barriers, carriers, ptx)
+    fakes = [(module, *item) for module in modules for item in _MLIR.items()]
+    fakes = [(module, name, fake) for module, name, fake in fakes if hasattr(module, name)]
+    fakes += [(module, *item) for module, own in _OWN.items() for item in own.items()]
+    before = [(module, name, getattr(module, name)) for module, name, _ in fakes]
     try:
-        for module, name, _ in before:
-            setattr(module, name, _FAKES[name])
+        for module, name, fake in fakes:
+            setattr(module, name, fake)
         yield
     finally:
         for module, name, real in before:
