@@ -15,6 +15,7 @@ LEAST_JAX = (0, 11, 2)
 HOPPER = "9."
 
 _OFF = contextvars.ContextVar("kernels are off", default=False)
+_WHOLE = contextvars.ContextVar("whole layers in one launch", default=False)
 _log = logging.getLogger("pallas_kernels")
 
 
@@ -26,6 +27,21 @@ def without_kernels():
         yield
     finally:
         _OFF.reset(before)
+
+
+@contextlib.contextmanager
+def whole_layers():
+    """What is traced meanwhile has each window layer's attention in one launch, where it fits."""
+    before = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(before)
+
+
+def whole_layers_wanted() -> bool:
+    """Whether tracing is inside `whole_layers`."""
+    return _WHOLE.get()
 
 
 def kernel_absence() -> NotImplementedError | None:

@@ -24,6 +24,7 @@ _GROUPS = {
     "attend": "attention proper",
     "attend_cached": "attention proper",
     "attention_cache": "attention proper",
+    "attention_layer": "attention in one launch",
     "attention_output": "attention output",
     "attention_project": "attention qkv",
     "commit": "accept, sampling",

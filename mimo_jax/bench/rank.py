@@ -73,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="attention's output projections: in bfloat16 (default), or FP8",
     )
     parser.add_argument(
+        "--whole-layers", action="store_true", help="a window layer's attention in one launch"
+    )
+    parser.add_argument(
         "--no-kernel", action="store_true", help="experts as in checkpoints, without their kernel"
     )
     parser.add_argument(
@@ -144,7 +147,8 @@ class Bench:
 
         def one(plan: Plan) -> Plan:
             try:
-                return rank_plan(plan if options.no_kernel else kernel_plan(plan), devices)
+                plan = rank_plan(plan if options.no_kernel else kernel_plan(plan), devices)
+                return dataclasses.replace(plan, whole_layers=options.whole_layers)
             except ValueError as error:
                 raise MimoError(f"The expert kernel cannot take such a rank: {error}") from None
 
@@ -153,6 +157,7 @@ class Bench:
             "layers": self.config.num_hidden_layers,
             "linear": "fp8" if fp8 else "bf16",
             "o_proj": options.o_proj,
+            "whole_layers": options.whole_layers,
             "experts": "checkpoint order" if options.no_kernel else "kernel order",
         }
 

@@ -31,7 +31,7 @@ from mimo_jax.sharding import (
     param_specs,
     shardings,
 )
-from pallas_kernels.choice import without_kernels
+from pallas_kernels.choice import whole_layers, without_kernels
 
 GPU_OPTIONS = {
     # The whole loop is one CUDA graph, its predicate read on the device: no launch by the host.
@@ -70,7 +70,8 @@ class Plan:
 
     Build it with `make_plan`. `params` is the pair (target, drafter) of abstract states; a missing
     drafter is None. `ranks` is 1, or the number of devices of which the mesh's only one is one (see
-    `mimo_jax.decode.rank`). Without `kernels`, programs are XLA's alone, on GPUs too.
+    `mimo_jax.decode.rank`). Without `kernels`, programs are XLA's alone, on GPUs too;
+    with `whole_layers`, attention of a window's layer is one launch.
     """
 
     config: ModelConfig
@@ -81,10 +82,13 @@ class Plan:
     params: tuple[nnx.State, nnx.State | None]
     ranks: int = 1
     kernels: bool = True
+    whole_layers: bool = False
 
     def tracing(self) -> contextlib.AbstractContextManager:
         """Is entered where the model is traced."""
-        return contextlib.nullcontext() if self.kernels else without_kernels()
+        if not self.kernels:
+            return without_kernels()
+        return whole_layers() if self.whole_layers else contextlib.nullcontext()
 
     @property
     def shards(self) -> int:

@@ -20,7 +20,11 @@ from mimo_jax.model.layers import (
 from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
 from pallas_kernels.attention import block_attention
+from pallas_kernels.attention_layer import attention_layer
 
+ATTENTION_WORD = 20
+"""Of a layer's `flags`, which its expert kernel keeps and does not use here: the blocks of
+`attention_layer` meet there. The router's kernel counts at 16."""
 MASKED = -1e30
 """Score of a masked key. Finite: a row without any key stays free of NaN."""
 
@@ -124,6 +128,61 @@ class Attention(nnx.Module):
             )
         return kv.LayerCache(*written), heads
 
+    def decode(
+        self,
+        h: Float[Array, "b t d"],
+        norm: RMSNorm,
+        positions: Int32[Array, "b t"],
+        live: Bool[Array, "b t"],
+        cache: kv.LayerCache,
+        ahead: nnx.Param | None,
+        flags: Array | None,
+    ) -> tuple[kv.LayerCache, Float[Array, "b t d"]]:
+        """A decoded block's attention to the cache and itself: this device's part of the sum.
+
+        Args:
+          h: the residual stream.
+          norm: of it, before the projection.
+          positions: of the rows.
+          live: rows that are cached.
+          cache: to which they are added.
+          ahead: as in `few_token_linear`, of the output projection.
+          flags: as of `attention_layer`; without them a layer is several launches.
+        """
+
+        def separate(h, norm_weight, qkv, qkv_scale, cos, sin, keys, values, *rest):
+            del norm_weight, qkv, qkv_scale, cos, sin, rest
+            fused = self.fused_few(h, norm)
+            found, heads = self.attend_cached(fused, positions, live, kv.LayerCache(keys, values))
+            return self.combine_few(heads, ahead), found.keys, found.values
+
+        config, scales = self.config, (value(self.qkv_scale), value(self.output_scale))
+        fits = config.window is not None and h.shape[1] <= cache.size - config.window + 1
+        if flags is None or not fits:
+            y, *written = separate(h, None, None, None, None, None, cache.keys, cache.values)
+            return kv.LayerCache(*written), y
+        qkv, count = self.qkv[...], live.sum(axis=-1, dtype=jnp.int32)
+        arguments = h, norm.weight[...], qkv.reshape(-1, qkv.shape[-1])
+        scale = None if scales[0] is None else scales[0].reshape(-1, scales[0].shape[-1])
+        angles = rotary_angles(positions, config.rope_theta, config.rotary_dim)
+        held = cache.keys, cache.values, positions[:, 0], count, value(self.sink)
+        with jax.named_scope("attention_layer"):
+            y, *written = attention_layer(
+                *arguments,
+                scale,
+                *angles,
+                *held,
+                self.output[...],
+                scales[1],
+                flags=flags,
+                word=ATTENTION_WORD,
+                window=config.window,
+                value_scale=config.value_scale,
+                epsilon=norm.epsilon,
+                elsewhere=separate,
+            )
+        return kv.LayerCache(*written), y
+
     @jax.named_scope("attention_output")
     def combine(self, heads: Float[Array, "b t n v"], parallel: Parallel) -> Float[Array, "b t d"]:
         """Projects the heads back to the residual stream, summed over all devices."""
@@ -132,12 +191,12 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention_output")
     def combine_few(
-        self, heads: Float[Array, "b t n v"], parallel: Parallel, ahead: nnx.Param | None
+        self, heads: Float[Array, "b t n v"], ahead: nnx.Param | None
     ) -> Float[Array, "b t d"]:
-        """The same for the few rows of a decoded block; `ahead` as in `few_token_linear`."""
+        """This device's part, for few rows of a decoded block; `ahead` as in `few_token_linear`."""
         flat = heads.reshape(*heads.shape[:2], -1)
         weight, scale = self.output[...], value(self.output_scale)
-        return parallel.sum(few_token_linear(flat, weight, scale, ahead=ahead))
+        return few_token_linear(flat, weight, scale, ahead=ahead)
 
 
 @jax.named_scope("attend")

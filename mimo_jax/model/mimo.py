@@ -66,10 +66,11 @@ class Block(nnx.Module):
         if h.shape[1] > MOST_DECODED:
             return self._chunk(h, positions, live, cache, parallel)
         attention, ffn = self.attention, self.ffn
-        fused = attention.fused_few(h, self.input_norm)
-        cache, heads = attention.attend_cached(fused, positions, live, cache)
         ahead = ffn.router.weight if self.sparse else ffn.gate_up
-        update = attention.combine_few(heads, parallel, ahead)
+        flags = value(ffn.experts.barrier) if self.sparse else None
+        around = self.input_norm, positions, live, cache
+        cache, update = attention.decode(h, *around, ahead, flags)
+        update = parallel.sum(update)
         if self.sparse:
             return ffn.decode(h, update, self.post_norm, live, parallel, following), cache
         return ffn.decode(h + update, self.post_norm, parallel, following), cache

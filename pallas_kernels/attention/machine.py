@@ -151,6 +151,12 @@ class Machine:
         operands = [flag, pointer, *(self.bits(w).value for w in words)]
         ptx.asm(None, operands, text, ",".join(["r", "l"] + ["r"] * n), effects=True)
 
+    def prefetch(self, ref, index: Reg, width: int, where: Reg) -> None:
+        """Brings a word of global memory, and its neighbours, to the L2 cache."""
+        text = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p prefetch.global.L2 [$1]; }"
+        operands = [ptx.flag(where.value), ptx.address(ref, index.value, width)]
+        ptx.asm(None, operands, text, "r,l", effects=True)
+
     def load_shared(self, ref, index: Reg, count: int) -> list[Reg]:
         """1, 2 or 4 floats of shared memory."""
         if count == 1:

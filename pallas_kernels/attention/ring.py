@@ -17,8 +17,10 @@ from pallas_kernels.attention.shapes import sizes_of
 
 KEYS = 16
 """Rows of a ring in a warp's share."""
-ROWS = 16
-"""Query rows of a thread block."""
+EIGHT = 8
+"""Query rows that a lane group has one of; a product has two eights."""
+ROWS = 2 * EIGHT
+"""Query rows of a thread block that fills its products."""
 MOST_WARPS = 16
 LOG2E = math.log2(math.e)
 MASKED = -1e30
@@ -56,6 +58,7 @@ class Ring:
       sink: whether each head has one more logit.
       sink_bytes: of such a logit: float32, or bfloat16 as models hold it, of an even number of
         heads. Left as it is, it costs no launch.
+      eights: of query rows in a thread block, 2 or 1; one takes fewer registers.
     """
 
     b: int
@@ -68,6 +71,7 @@ class Ring:
     window: int
     sink: bool
     sink_bytes: int = dataclasses.field(default=4, kw_only=True)
+    eights: int = dataclasses.field(default=2, kw_only=True)
 
     name = "attention_ring"
     """Of the kernel."""
@@ -80,7 +84,12 @@ class Ring:
     @property
     def tiles(self) -> int:
         """Thread blocks of a key/value head."""
-        return -(-self.t * self.group // ROWS)
+        return -(-self.t * self.group // self.rows)
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a thread block."""
+        return EIGHT * self.eights
 
     @property
     def shares(self) -> int:
@@ -95,7 +104,7 @@ class Ring:
     @property
     def shared(self) -> dict[str, int]:
         """Sizes of the arrays in shared memory: what the warps leave."""
-        rows = self.shares * ROWS
+        rows = self.shares * self.rows
         return dict(sums=rows * self.v, tops=rows, totals=rows)
 
     @property
@@ -135,7 +144,10 @@ class Ring:
         g, c = lane // 4, lane % 4
         tile, head = block % self.tiles, block // self.tiles
         sequence, kv = head // self.k, head % self.k
-        rows = [tile * ROWS + g, tile * ROWS + g + 8]
+        rows = [
+            tile * self.rows + g + EIGHT * i if i else tile * self.rows + g
+            for i in range(self.eights)
+        ]
         shared = m.const(self.shares) > warp
         query = [self._query(m, refs, sequence, kv, row, c) for row in rows]
         first = (sequence * self.k + kv) * self.s
@@ -215,6 +227,8 @@ class Ring:
     def _scores(self, m, query, keys):
         """Products of 16 query rows with 8 keys: even and odd steps apart, then added."""
         sums = [[m.const(0.0)] * 4, [m.const(0.0)] * 4]
+        # A second row that is not there is zeros.
+        query = query if self.eights > 1 else [*query, [[m.const(0)] * len(p) for p in query[0]]]
         steps = [
             (low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1], b[2 * i], b[2 * i + 1])
             for low, high, b in zip(*query, keys, strict=True)
@@ -227,7 +241,7 @@ class Ring:
     def _soften(self, m, scores, seen):
         """Maxima and sums of both rows over this warp's keys, and the weights as an operand."""
         factor, tops, totals, halves = m.const(self.h**-0.5 * LOG2E), [], [], []
-        for half in (0, 1):
+        for half in range(self.eights):
             # Keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9, as `seen` has them.
             own = [*scores[0][2 * half : 2 * half + 2], *scores[1][2 * half : 2 * half + 2]]
             own = [
@@ -247,6 +261,7 @@ class Ring:
             tops.append(top)
             totals.append(total)
             halves.append((m.pack(*weights[:2]), m.pack(*weights[2:])))
+        halves += [[m.const(0)] * 2] * (2 - self.eights)
         return tops, totals, [halves[0][0], halves[1][0], halves[0][1], halves[1][1]]
 
     def _mix(self, m, weights, value):
@@ -261,31 +276,33 @@ class Ring:
                 # Columns j of lanes 2 c and 2 c + 1, for each of the two rows.
                 even.append((sums[0], sums[2]))
                 odd.append((sums[1], sums[3]))
-            for half in (0, 1):
+            for half in range(self.eights):
                 found[half] += [pair[half] for pair in even + odd]
         return found
 
     def _leave(self, m, refs, warp, lane, shared, tops, totals, sums):
         """Puts a warp's share in shared memory: 16 bytes of each lane side by side."""
-        for half in (0, 1):
+        for half in range(self.eights):
             for q in range(self.v // 16):
-                place = (warp * (self.v // 8) + (half * (self.v // 16) + q)) * 32 + lane
+                place = (
+                    warp * (self.eights * (self.v // 16)) + (half * (self.v // 16) + q)
+                ) * 32 + lane
                 m.store_shared(refs["sums"], place * 4, sums[half][4 * q : 4 * q + 4], shared)
-            place = warp * ROWS + (lane // 4 + 8 * half)
+            place = warp * self.rows + (lane // 4 + 8 * half)
             owner = shared & (lane % 4).equals(0)
             m.store_shared(refs["tops"], place, [tops[half]], owner)
             m.store_shared(refs["totals"], place, [totals[half]], owner)
 
     def _finish(self, m, refs, sequence, kv, tile):
         """Adds up the shares by ascending row of the ring and writes bfloat16."""
-        pieces = 4 * self.v
+        pieces = self._pieces_of_share
         for begin in range(0, pieces, 128 * self.warpgroups):
             piece = m.thread + begin
             there = m.const(pieces) > piece
             piece = m.minimum(piece, pieces - 1)
             lane, q = piece % 32, piece // 32
             row = lane // 4 + (q // (self.v // 16)) * 8
-            place = tile * ROWS + row
+            place = tile * self.rows + row
             there = there & (m.const(self.t * self.group) > place)
             place = m.minimum(place, self.t * self.group - 1)
             token, head = place // self.group, kv * self.group + place % self.group
@@ -294,6 +311,11 @@ class Ring:
             words = [m.pack(*mixed[:2]), m.pack(*mixed[2:])]
             at = ((sequence * self.t + token) * self.n + head) * self.v + column
             m.store(refs["out"], at, 2, words, there)
+
+    @property
+    def _pieces_of_share(self) -> int:
+        """Pieces of four columns that a warp leaves."""
+        return self.rows * self.v // 4
 
     def _column(self, m, q, c):
         """The first of the four columns that a lane's piece q holds."""
@@ -315,7 +337,8 @@ class Ring:
     def _together(self, m, refs, piece, row, head):
         """Four columns of a row: all shares, each brought to the row's greatest score."""
         tops = [
-            m.load_shared(refs["tops"], row + ROWS * share, 1)[0] for share in range(self.shares)
+            m.load_shared(refs["tops"], row + self.rows * share, 1)[0]
+            for share in range(self.shares)
         ]
         top = tops[0]
         for other in tops[1:]:
@@ -328,9 +351,9 @@ class Ring:
         mixed = [m.const(0.0)] * 4
         for share, own in enumerate(tops):
             factor = m.exp2(own - top)
-            (weight,) = m.load_shared(refs["totals"], row + ROWS * share, 1)
+            (weight,) = m.load_shared(refs["totals"], row + self.rows * share, 1)
             total = m.fma(weight, factor, total)
-            sums = m.load_shared(refs["sums"], (piece + share * 4 * self.v) * 4, 4)
+            sums = m.load_shared(refs["sums"], (piece + share * self._pieces_of_share) * 4, 4)
             mixed = [m.fma(a, factor, b) for a, b in zip(sums, mixed, strict=True)]
         total = m.maximum(total, m.const(1e-30))
         return [value / total for value in mixed]

@@ -116,11 +116,13 @@ def _chosen(m, condition, new, old):
     ]
 
 
-def shape_of(qkv, cos, keys, values, window: int, sink, value_scale: float) -> RingBlock:
+def shape_of(
+    qkv, cos, keys, values, window: int, sink, value_scale: float, eights: int = 2
+) -> RingBlock:
     """The shapes of a call."""
     known = *block_sizes_of(qkv, keys, values), window, sink is not None
     turned = cos.shape[2], rotary.rounded(value_scale)
-    return RingBlock(*known, *turned, sink_bytes=bytes_of(sink))
+    return RingBlock(*known, *turned, sink_bytes=bytes_of(sink), eights=eights)
 
 
 def ring_block(shape: RingBlock, qkv, cos, sin, keys, values, start, live, sink):

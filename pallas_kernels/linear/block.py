@@ -91,16 +91,40 @@ class Block:
       plan: of the matrix.
       hooks: of the matrix.
       ahead_bytes: of another array, to be brought to the L2 cache at the end, by all blocks.
+      before: copies and steps of the matrices before this one in the same launch.
+      ring: stages of the ring that they share; None if there are none.
     """
 
     plan: Plan
     hooks: Hooks
     ahead_bytes: int = 0
+    before: tuple[int, int] = (0, 0)
+    ring: int | None = None
 
     @property
     def consumers(self) -> int:
         """Warpgroups that multiply."""
         return self.plan.warps // 4
+
+    @property
+    def stages(self) -> int:
+        """Of the ring."""
+        return self.ring or self.plan.stages
+
+    @property
+    def once(self) -> bool:
+        """Whether no place of the ring is used twice."""
+        return self.ring is None and self.plan.once
+
+    def in_ring(self, copy):
+        """The place of a copy, and how often it was used before."""
+        copy = copy + self.before[0] if self.before[0] else copy
+        return lax.rem(copy, self.stages), lax.div(copy, self.stages)
+
+    def buffer(self, step):
+        """The buffer of a step's sums, and how often it was used before."""
+        step = step + self.before[1] if self.before[1] else step
+        return lax.rem(step, 2), lax.div(step, 2)
 
     def place(self):
         """Which of the blocks that share rows this one is, and its first row."""
@@ -109,6 +133,17 @@ class Block:
         return lax.rem(cta, plan.split), jnp.minimum(row, plan.rows - plan.block_rows)
 
     def produce(self, refs):
+        """Copies all stages, and waits until they are read."""
+        plan, hooks = self.plan, self.hooks
+        self.copy_stages(refs)
+        if "ahead" in refs:
+            # Not before this block has all its own weights.
+            turn, stage = divmod(plan.copies - 1, self.stages)
+            hooks.wait(refs["full"], jnp.int32(stage), jnp.int32(turn))
+            hooks.prefetch(refs["ahead"], self.ahead_bytes, lax.axis_index("cta"))
+        self.see_stages_read(refs)
+
+    def copy_stages(self, refs):
         """Copies stage after stage, each as soon as its place in the ring is free."""
         plan, hooks = self.plan, self.hooks
         piece, first_row = self.place()
@@ -118,9 +153,8 @@ class Block:
         def visit(step, rows):
             row = first_row + step * plan.step_rows
             for part in range(plan.parts):
-                index = step * plan.parts + part
-                stage, turn = lax.rem(index, plan.stages), lax.div(index, plan.stages)
-                if not plan.once:
+                stage, turn = self.in_ring(step * plan.parts + part)
+                if not self.once:
                     self.wait_if(turn > 0, refs["empty"], stage, turn - 1)
                 target = refs["ring"].at[stage]
                 hooks.copy(refs["weight"], row, rows, piece, part, target, refs["full"], stage)
@@ -129,18 +163,17 @@ class Block:
         lax.fori_loop(0, whole, lambda step, _: visit(step, plan.step_rows), None)
         if whole < plan.steps:
             visit(jnp.int32(whole), plan.last_rows)
-        if "ahead" in refs:
-            # Not before this block has all its own weights.
-            turn, stage = divmod(plan.copies - 1, plan.stages)
-            hooks.wait(refs["full"], jnp.int32(stage), jnp.int32(turn))
-            hooks.prefetch(refs["ahead"], self.ahead_bytes, lax.axis_index("cta"))
-        if not plan.once:
 
-            def drain(index, _):
-                stage, turn = lax.rem(index, plan.stages), lax.div(index, plan.stages)
-                hooks.wait(refs["empty"], stage, turn)
+    def see_stages_read(self, refs):
+        """Waits for the last reads of each place of the ring."""
+        if self.once:
+            return
 
-            lax.fori_loop(plan.copies - plan.stages, plan.copies, drain, None)
+        def drain(index, _):
+            self.hooks.wait(refs["empty"], *self.in_ring(index))
+
+        copies = self.plan.copies
+        lax.fori_loop(max(copies - self.stages, -self.before[0]), copies, drain, None)
 
     def wait_if(self, condition, place, index, nth):
         """Waits, or not."""
@@ -159,6 +192,11 @@ class Block:
         return hooks.operands(fetched)
 
     def consume(self, refs):
+        """Multiplies all stages, and waits until all sums are read."""
+        self.multiply_stages(refs)
+        self.see_sums_read(refs)
+
+    def multiply_stages(self, refs):
         """Multiplies each step's stages by slices of x, held in registers."""
         plan, hooks, group = self.plan, self.hooks, lax.axis_index("wg")
         piece, first_row = self.place()
@@ -174,23 +212,27 @@ class Block:
             # A step ahead: they must not be waited for when the weights are there.
             sums, ahead = None, scales_of(step + 1)
             for part in range(plan.parts):
-                index = step * plan.parts + part
-                stage, turn = lax.rem(index, plan.stages), lax.div(index, plan.stages)
+                stage, turn = self.in_ring(step * plan.parts + part)
                 hooks.wait(refs["full"], stage, turn)
                 sums = hooks.multiply(sums, x, scales, part, refs["ring"].at[stage], group)
-                if not plan.once:
+                if not self.once:
                     hooks.give_back(refs["empty"], stage, sums)
-            buffer, turn = lax.rem(step, 2), lax.div(step, 2)
+            buffer, turn = self.buffer(step)
             self.wait_if(turn > 0, refs["taken"], buffer, turn - 1)
             hooks.put(sums, refs["sums"].at[buffer, group])
             hooks.arrive(refs["put"], buffer)
             return ahead
 
-        def drain(step, _):
-            hooks.wait(refs["taken"], lax.rem(step, 2), lax.div(step, 2))
-
         lax.fori_loop(0, plan.steps, visit, scales_of(0))
-        lax.fori_loop(max(0, plan.steps - 2), plan.steps, drain, None)
+
+    def see_sums_read(self, refs):
+        """Waits for the last reads of both buffers of sums."""
+
+        def drain(step, _):
+            self.hooks.wait(refs["taken"], *self.buffer(step))
+
+        steps = self.plan.steps
+        lax.fori_loop(max(steps - 2, -self.before[1]), steps, drain, None)
 
     def finish(self, refs):
         """Adds up what the consumers put down, and writes it, while they go on."""
@@ -198,7 +240,7 @@ class Block:
         hooks = self.hooks
 
         def visit(step, _):
-            buffer, turn = lax.rem(step, 2), lax.div(step, 2)
+            buffer, turn = self.buffer(step)
             residual = None
             if "residual" in refs:
                 residual = hooks.residual(refs["residual"], first_row, step)
@@ -231,9 +273,9 @@ class Block:
 
     def barriers(self, norm: bool) -> list[tuple[str, int, int]]:
         """Name, number, and warpgroups that arrive; none where a copy does."""
-        stages, groups = self.plan.stages, self.consumers
+        stages, groups = self.stages, self.consumers
         found = [("full", stages, 0), ("put", 2, groups), ("taken", 2, 1)]
-        if not self.plan.once:
+        if not self.once:
             found.append(("empty", stages, groups))
         return [*found, ("norm_full", 1, 0), ("normed", 1, groups)] if norm else found
 
@@ -241,7 +283,7 @@ class Block:
         """Ring, sums and barriers."""
         plan, groups = self.plan, self.consumers
         types = dict(
-            ring=plgpu.SMEM((plan.stages, *plan.stage_shape), dtype),
+            ring=plgpu.SMEM((self.stages, *plan.stage_shape), dtype),
             sums=plgpu.SMEM((2, groups, plan.sums_floats // groups), jnp.float32),
         )
         if norm:

@@ -136,7 +136,7 @@ class Block:
     def _prefetch_bias(self, m, ref, at: Place):
         """It is needed last, and then at once."""
         line = m.minimum(m.thread * 32, self.plan.experts - 1)
-        m.prefetch(ref, line, at.rank.equals(0) & (m.const(self.plan.experts) > m.thread * 32))
+        m.prefetch(ref, line, 4, at.rank.equals(0) & (m.const(self.plan.experts) > m.thread * 32))
 
     # --- rows -------------------------------------------------------------------------------------
 

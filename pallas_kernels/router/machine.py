@@ -53,12 +53,6 @@ class ClusterMachine(Machine):
         )
         return self.as_float(word)
 
-    def prefetch(self, ref, index: Reg, where: Reg) -> None:
-        """Brings a word of global memory, and its neighbours, to the L2 cache."""
-        text = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p prefetch.global.L2 [$1]; }"
-        operands = [ptx.flag(where.value), ptx.address(ref, index.value, 4)]
-        ptx.asm(None, operands, text, "r,l", effects=True)
-
     def open_inboxes(self, told, sizes: Sequence[int]) -> None:
         """Makes a block's inboxes, each for so many floats, used once; all threads come here.
 

@@ -16,13 +16,13 @@ from mimo_jax.presets import drafter_preset, preset
 LAYERS = 9
 
 
-def rank(mesh, block: int, max_len: int):
+def rank(mesh, block: int, max_len: int, **changes):
     """The first layers of a rank of eight, weights as released, experts on their kernel."""
     name = "mimo-v2.6-pro"
     config, drafter = shorten(preset(name), drafter_preset(name), LAYERS)
     drafter = drafter if block > 1 else None
     whole = make_plan(config, drafter, abstract_mesh(8), fp8=True, dtype=jnp.bfloat16)
-    plan = rank_plan(kernel_plan(whole), mesh)
+    plan = dataclasses.replace(rank_plan(kernel_plan(whole), mesh), **changes)
     case = program(plan, Settings(1, max_len, block, 0, jnp.bfloat16))
     return dataclasses.replace(case, options=case.options | OPTIONS)
 
@@ -40,3 +40,8 @@ def drafted_long(mesh):
 def plain(mesh):
     """One token, no drafter."""
     return rank(mesh, 1, 1024)
+
+
+def drafted_whole(mesh):
+    """A block of eight, a window layer's attention in one launch."""
+    return rank(mesh, 8, 1024, whole_layers=True)

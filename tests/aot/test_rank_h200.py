@@ -42,3 +42,12 @@ def test_the_rounds_of_a_rank_are_one_graph_of_few_kernels(case):
     assert all(kernel.spilled_bytes < 200 for kernel in found.kernels)
     # No scores in memory, of a million tokens either.
     assert found.temporaries < (1e8 if case == "drafted_long" else 1e7)
+
+
+def test_whole_layers_save_two_launches_of_a_window():
+    whole, separate = report("rank_cases:drafted_whole"), report("rank_cases:drafted")
+    names = [kernel.name for kernel in whole.kernels]
+    assert names.count("attention_layer") == 1 and "attention_ring_block" not in names
+    assert not whole.outside and len(whole.graphs) == 1
+    # All but the first layer, which has no experts, and one whose attention is full.
+    assert separate.launches - whole.launches == 2 * (LAYERS - 2)

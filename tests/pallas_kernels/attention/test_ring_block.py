@@ -9,54 +9,21 @@ if jax.__version_info__ < (0, 11, 2):
 
 from attention_cases import BF16, normal
 from block_cases import bits, make, reference, written, wrong
-from numpy_machine import NumpyMachine
+from ring_cases import CASES, SMALL, run
 
 from pallas_kernels.attention.ring_block import RingBlock
 from pallas_kernels.attention.rotary import rounded
+from pallas_kernels.attention_layer.narrow import NarrowRing
 
-NAMES = ("qkv", "cos", "sin", "keys", "values", "start", "live", "sink")
 SCALE = 0.707
 
 
-def run(shape, arguments, backwards=False):
-    """All thread blocks, one after another, in either order; what nobody writes is NaN."""
-    refs = {k: x for k, x in zip(NAMES, arguments, strict=True) if x is not None}
-    refs |= dict(keys=refs["keys"].copy(), values=refs["values"].copy())
-    refs["out"] = np.full((shape.b, shape.t, shape.n, shape.v), np.nan, BF16)
-    blocks = range(shape.b * shape.k * shape.tiles)
-    for block in reversed(blocks) if backwards else blocks:
-        machine = NumpyMachine(128 * shape.warpgroups)
-        for name, size in shape.shared.items():
-            refs[name] = np.full(size, np.nan, np.float32)
-        shape.run(machine, machine.const(block), refs)
-    return refs["out"], refs["keys"], refs["values"]
-
-
-PRO = dict(b=1, t=8, n=16, h=192, v=128, k=1, s=135, window=128, half=32)
-NANO = dict(b=2, t=8, n=8, h=48, v=32, k=4, s=135, window=128, half=8)
-SMALL = dict(b=2, t=5, n=12, h=48, v=32, k=3, s=29, window=24, half=8)
-
-
-@pytest.mark.parametrize(
-    ("shape", "starts", "lives"),
-    [
-        # One rank of eight of MiMo-V2.6-Pro, the block across the ring's end; mimo-nano.
-        pytest.param(PRO, (132,), (8,), id="pro"),
-        pytest.param(NANO, (0, 301), (8, 3), id="nano"),
-        # Several tiles of a key/value head: blocks across the ring's end, with dead rows, empty.
-        pytest.param(dict(SMALL, n=24), (27, 86), (5, 2), id="wraps"),
-        pytest.param(dict(SMALL, b=3), (0, 40, 1), (1, 0, 5), id="empty"),
-        # Other pairs: of lanes two apart, and in one lane.
-        pytest.param(dict(SMALL, h=80, v=96, half=16), (7, 60), (5, 4), id="half16"),
-        pytest.param(dict(SMALL, h=144, v=96, half=64), (7, 60), (5, 4), id="half64"),
-        pytest.param(dict(SMALL, t=1, s=24), (23, 24), (1, 1), id="one"),
-        pytest.param(dict(SMALL, t=16, n=6, s=39), (33, 5), (16, 11), id="sixteen"),
-    ],
-)
-def test_matches_the_reference(shape, starts, lives, rng):
+@pytest.mark.parametrize(("shape", "starts", "lives"), CASES)
+@pytest.mark.parametrize("ring", [RingBlock, NarrowRing])
+def test_matches_the_reference(ring, shape, starts, lives, rng):
     sink = int(rng.integers(3))  # None, in float32, in bfloat16.
     kind = dict(sink=bool(sink), sink_bytes=2 if sink == 2 else 4)
-    shape = RingBlock(**shape, **kind, scale=rounded(SCALE))
+    shape = ring(**shape, **kind, scale=rounded(SCALE))
     arguments = make(rng, shape, shape.half, starts, lives, bool(sink))
     if sink == 2:
         arguments = *arguments[:7], arguments[7].astype(BF16)
@@ -64,6 +31,16 @@ def test_matches_the_reference(shape, starts, lives, rng):
     assert wrong(arguments, found, reference(arguments, shape.window, SCALE)) is None
     assert not np.isnan(found[0].astype(np.float32)).any()
     for one, other in zip(found, run(shape, arguments, backwards=True), strict=True):
+        np.testing.assert_array_equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize(("shape", "starts", "lives"), CASES)
+def test_few_registers_give_the_same_bits(shape, starts, lives, rng):
+    kind = dict(**shape, sink=True, scale=rounded(SCALE))
+    arguments = make(rng, RingBlock(**kind), shape["half"], starts, lives)
+    for one, other in zip(
+        run(RingBlock(**kind), arguments), run(NarrowRing(**kind), arguments), strict=True
+    ):
         np.testing.assert_array_equal(bits(one), bits(other))
 
 

@@ -39,8 +39,8 @@ class NumpyCluster(NumpyThreads):
         super().store(ref, index, width, words, where)
         self.stored = self.time
 
-    def prefetch(self, ref, index, where):
-        self._places(ref, index, 4, 1, np.asarray(where))
+    def prefetch(self, ref, index, width, where):
+        self._places(ref, index, width, 1, np.asarray(where))
 
     # --- shared memory
 

@@ -1,0 +1,5 @@
+"""A window layer's attention in one launch: norm, projection, rotation, ring, output projection."""
+
+from pallas_kernels.attention_layer.api import attention_layer
+
+__all__ = ["attention_layer"]

@@ -1,0 +1,51 @@
+"""What blocks do together in plain jnp, for Pallas' interpreter on a CPU."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention.reference import block_attention_reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """The hooks of `lanes.Together`; blocks run one after another, so that none waits for others.
+
+    Instead the launch is run several times, each with what the one before wrote.
+    """
+
+    blocks: int
+
+    def come(self, flags_ref, word, block):
+        """Nobody waits."""
+        return jnp.int32(0)
+
+    def wait_for_all(self, flags_ref, word, before):
+        """Nothing to wait for."""
+
+    def bring(self, ring, refs, block):
+        """Nothing: the interpreter has no caches."""
+
+    def attend(self, ring, refs, block):
+        """A tile's rows of the reference's heads; the caches stay as they are."""
+        group = lax.axis_index("wg")
+        qkv = refs["qkv_seen"][...].reshape(ring.b, ring.t, ring.k, -1)
+        names = ("cos", "sin", "keys", "values", "start", "live")
+        sink = refs["sink"][...] if "sink" in refs else None
+        options = dict(window=ring.window, value_scale=ring.scale)
+        held = [refs[name][...] for name in names]
+        heads, *_ = block_attention_reference(qkv, *held, sink, **options)
+        heads = heads.astype(jnp.bfloat16)
+        tile, head = lax.rem(block, ring.tiles), lax.div(block, ring.tiles)
+        sequence, kv = lax.div(head, ring.k), lax.rem(head, ring.k)
+        for i in range(ring.rows):
+            row = tile * ring.rows + i
+            token, own = lax.div(row, ring.group), kv * ring.group + lax.rem(row, ring.group)
+
+            def write(token=token, own=own):
+                at, first = sequence * ring.t + token, own * ring.v
+                refs["heads"][at, pl.ds(first, ring.v)] = heads[sequence, token, own]
+
+            pl.when((row < ring.t * ring.group) & (group == 0))(write)

@@ -1,0 +1,121 @@
+"""A window layer's attention on Hopper, in one launch: how its matrices are cut for one ring."""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.attention.ring_block import shape_of
+from pallas_kernels.attention_layer.block import Layer, misfit, stages_of
+from pallas_kernels.attention_layer.narrow import NarrowRing
+from pallas_kernels.linear.block import Block
+from pallas_kernels.linear.plan import Plan
+
+_WARPS = (16, 12, 8, 4)
+_PARTS = (1, 2, 3, 4, 6, 8)
+
+
+@functools.cache
+def plans_for(rows: int, columns: int, itemsize: int, d: int, inner: int, output_itemsize: int):
+    """Plans of [rows, columns] and [d, inner] whose stages are of the same bytes, or two Nones.
+
+    Of as many warps, one tile a step, and stages of 8 to 24 KB.
+    """
+    for warps in _WARPS:
+        firsts = [_try(rows, columns, itemsize, warps, parts) for parts in _PARTS]
+        seconds = [_try(d, inner, output_itemsize, warps, parts) for parts in _PARTS]
+        for first, second in itertools.product(filter(None, firsts), list(filter(None, seconds))):
+            alike = first.stage_bytes == second.stage_bytes
+            if alike and 8 << 10 <= first.stage_bytes <= 24 << 10:
+                return first, second
+    return None, None
+
+
+def _try(rows, columns, itemsize, warps, parts) -> Plan | None:
+    try:
+        return Plan(rows, columns, itemsize, 1, warps, parts)
+    except ValueError:
+        return None
+
+
+class Cuts(NamedTuple):
+    """How a call's work is cut: both matrices, and attention."""
+
+    first: Plan | None
+    second: Plan | None
+    ring: NarrowRing
+
+    def misfit(self) -> str | None:
+        """Why this cannot be one launch."""
+        return misfit(*self)
+
+
+def cuts_of(h, qkv, cos, keys, values, sink, output, window, value_scale) -> Cuts:
+    """The cuts of a call."""
+    groups, sizes = keys.shape[1], (*qkv.shape, qkv.dtype.itemsize)
+    product = jax.ShapeDtypeStruct((*h.shape[:2], groups, qkv.shape[0] // groups), h.dtype)
+    shape = shape_of(product, cos, keys, values, window, sink, value_scale)
+    ring = NarrowRing(**(dataclasses.asdict(shape) | dict(eights=1)))
+    return Cuts(*plans_for(*sizes, *output.shape, output.dtype.itemsize), ring)
+
+
+_STATIC = ("word", "window", "value_scale", "epsilon", "plans", "stages", "interpret", "hooks")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def attention_layer_mosaic(
+    h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output, output_scale, flags,
+    *, word=0, window, value_scale, epsilon, plans=None, stages=None, interpret=None, hooks=None,
+    seen=None,
+):  # fmt: skip
+    """See `api.attention_layer`; one launch. Returns what it writes by name, and both caches.
+
+    `plans` of both matrices decide over the result's bits; `stages` are the ring's. To run on a
+    CPU, `interpret` are Pallas' interpreter's parameters, `hooks` make those of a matrix and of
+    what blocks do together, and `seen` is what the launch before this one wrote, since there
+    blocks run one after another; the caches are not written then.
+    """
+    cuts = cuts_of(h, qkv, cos, keys, values, sink, output, window, value_scale)
+    cuts = cuts if plans is None else Cuts(*plans, cuts.ring)
+    if (why := cuts.misfit()) is not None:
+        raise ValueError(f"attention_layer cannot take {why}.")
+    layer = make_layer(cuts, (qkv_scale, output_scale), epsilon, hooks, stages, word)
+    held = [x if interpret else jax.new_ref(x) for x in (keys, values)]
+    inputs = dict(
+        h=h.reshape(-1, h.shape[-1]),
+        norm=norm,
+        qkv_weight=_cut(cuts.first, qkv),
+        output_weight=_cut(cuts.second, output),
+        **dict(zip(("keys", "values"), held, strict=True)),
+        **dict(cos=cos, sin=sin, start=start, live=live, flags=flags),
+    )
+    more = dict(qkv_scale=qkv_scale, output_scale=output_scale, sink=sink)
+    inputs |= {name: x for name, x in more.items() if x is not None}
+    found = layer.call(inputs, seen or {}, interpret)
+    return found, *(x if interpret else jax.freeze(x) for x in held)
+
+
+def _cut(plan: Plan, weight):
+    return weight.reshape(plan.rows, plan.split, plan.parts, plan.warps, plan.part_columns)
+
+
+def make_layer(cuts: Cuts, scales, epsilon, hooks=None, stages=None, word=0) -> Layer:
+    """The launch; arguments as of `attention_layer_mosaic`."""
+    if hooks is None:
+        from pallas_kernels.attention_layer.lanes import Together
+        from pallas_kernels.linear.lanes import Lanes
+
+        hooks = Lanes, Together
+    (first, second, ring), (lanes, together) = cuts, hooks
+    t, stages = ring.b * ring.t, stages or stages_of(*cuts)
+    units = [
+        0 if scale is None else plan.rows // scale.shape[0]
+        for plan, scale in zip((first, second), scales, strict=True)
+    ]
+    projection = Block(first, lanes(first, t, units[0], epsilon), ring=stages)
+    before = first.copies, first.steps
+    output = Block(second, lanes(second, t, units[1], 0.0), before=before, ring=stages)
+    blocks = max(first.groups, second.groups, ring.b * ring.k * ring.tiles)
+    return Layer(projection, ring, output, together(blocks), blocks, word)
