@@ -116,6 +116,8 @@ def make_layer(cuts: Cuts, scales, epsilon, hooks=None, stages=None, word=0) -> 
     ]
     projection = Block(first, lanes(first, t, units[0], epsilon), ring=stages)
     before = first.copies, first.steps
-    output = Block(second, lanes(second, t, units[1], 0.0), before=before, ring=stages)
+    # The heads are written during the launch.
+    own = lanes(second, t, units[1], constant=False)
+    output = Block(second, own, before=before, ring=stages)
     blocks = max(first.groups, second.groups, ring.b * ring.k * ring.tiles)
     return Layer(projection, ring, output, together(blocks), blocks, word)

@@ -45,12 +45,14 @@ class Lanes:
       t: tokens, at most `plan.tokens`.
       unit: rows that share a scale; FP8.
       epsilon: of the norm, if there is one.
+      constant: whether x is there before the launch.
     """
 
     plan: Plan
     t: int
     unit: int = 0
     epsilon: float = 0.0
+    constant: bool = True
 
     @property
     def halves(self) -> int:
@@ -171,7 +173,8 @@ class Lanes:
                 flag = ptx.flag(there)
 
                 def load(at, row=row, flag=flag):
-                    return memory.load_row(ptx.address(x, ptx.add(row, at), 2), flag)
+                    place = ptx.address(x, ptx.add(row, at), 2)
+                    return memory.load_row(place, flag, self.constant)
 
                 words += self._row(columns, lane, load)
             return carriers.carry_values(words, signed=True)
