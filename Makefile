@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PINS ?=
 PROMPT ?= def fibonacci(n):
-ARGS ?= -m "not slow" -n 2 --dist loadfile --durations 10
+ARGS ?= -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 BIN := $(VENV)/bin
 ORACLE := $(VENV)-oracle

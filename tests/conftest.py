@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VIRTUAL_DEVICES = 8
+LONGEST = ("decode", "train", "model")
+"""Folders whose files take long: begun first, so that processes end at the same time."""
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
 
 
@@ -66,7 +68,9 @@ def _missing(marker: str, least: int = 8) -> str | None:
 
 
 def pytest_collection_modifyitems(items):
-    """Skips, with the reason, tests whose device or package is not here."""
+    """The longest first; skips, with the reason, tests whose device or package is not here."""
+    first = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.parent, len(first)))
     for marker in ("gpu", "gpu8", "oracle"):
         for item in items:
             found = item.get_closest_marker(marker)

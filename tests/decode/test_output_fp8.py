@@ -47,7 +47,7 @@ def run(plan, params, prompt):
     return jax.device_get(make_program(plan, settings)(params, state, request))
 
 
-@pytest.mark.parametrize("devices", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_quantised_model_computes_with_the_decoded_codes(devices, rng):
     """Against a model in bfloat16 whose output projections are the codes' values."""
     plan = make(devices)
