@@ -54,6 +54,7 @@ def test_linear_times_are_integrated_exactly(rng):
         assert np.isclose(prefill.integrate(timed, int(prompt), chunk), wanted)
 
 
+@pytest.mark.slow
 def test_the_command_on_the_small_model(capsys):
     arguments = (
         "bench prefill --model mimo-nano --ranks 2 --layers 2 --prompts 20,90 --chunk 32 "

@@ -25,6 +25,7 @@ def test_the_larger_case_has_a_billion_parameters():
     assert 0.95e9 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 1.05e9
 
 
+@pytest.mark.slow
 def test_kernels_and_blocks_are_as_far_from_float32():
     toy = CASES["toy"]
     recipe = dataclasses.replace(toy.recipe, attention="interpreted")

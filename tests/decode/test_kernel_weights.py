@@ -24,7 +24,8 @@ def values(plan, seed):
 @pytest.mark.parametrize(
     ("devices", "layout"),
     [
-        (4, "tensor"),
+        (2, "tensor"),
+        pytest.param(4, "tensor", marks=pytest.mark.slow),
         pytest.param(1, "tensor", marks=pytest.mark.slow),
         pytest.param(2, "expert", marks=pytest.mark.slow),
     ],

@@ -93,11 +93,12 @@ def rollback_forgotten(monkeypatch):
     "plant",
     [
         ring_one_row_short,
-        noise_by_slot,
         accept_one_more,
-        end_of_sequence_forgotten,
-        block_seen_both_ways,
         rollback_forgotten,
+        *(
+            pytest.param(plant, marks=pytest.mark.slow)
+            for plant in (noise_by_slot, end_of_sequence_forgotten, block_seen_both_ways)
+        ),
     ],
 )
 def test_losslessness_catches(plant, monkeypatch, rng):

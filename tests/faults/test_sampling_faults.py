@@ -49,7 +49,14 @@ def drafts_kept_unchecked(monkeypatch):
     monkeypatch.setattr(loop, "_commit", commit)
 
 
-@pytest.mark.parametrize("plant", [off_by_one, bonus_from_the_wrong_row, drafts_kept_unchecked])
+@pytest.mark.parametrize(
+    "plant",
+    [
+        drafts_kept_unchecked,
+        pytest.param(off_by_one, marks=pytest.mark.slow),
+        pytest.param(bonus_from_the_wrong_row, marks=pytest.mark.slow),
+    ],
+)
 def test_distribution_catches(plant, monkeypatch):
     plant(monkeypatch)
     decoder = make_decoder()
