@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from decode.exact import BATCH, CALLS, TOKENS, g_test, joint, make_decoder, samples
 
-SETTINGS = [{"temperature": 1.0}, {"temperature": 1.6, "top_p": 0.9, "top_k": 6}]
+SETTINGS = [
+    pytest.param({"temperature": 1.0}, id="plain", marks=pytest.mark.slow),
+    pytest.param({"temperature": 1.6, "top_p": 0.9, "top_k": 6}, id="restricted"),
+]
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=["plain", "restricted"])
+@pytest.mark.parametrize("sampling", SETTINGS)
 def test_joint_of_four_tokens(sampling):
     decoder = make_decoder()
     probabilities = joint(decoder, **sampling)

@@ -9,7 +9,13 @@ BLOCK, BATCH, MAX_LEN = 5, 2, 60
 STATE = ("tokens", "length", "cached", "done")
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=["one device", "four devices"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="one device"),
+        pytest.param(4, id="four devices", marks=pytest.mark.slow),
+    ],
+)
 def decoder(request) -> Decoder:
     shapes = np.random.default_rng(request.param)
     target = tiny_model(shapes, request.param)

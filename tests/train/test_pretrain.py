@@ -194,6 +194,7 @@ def test_gradients_that_are_written_by_hand(rng):
         assert relative_norm(mine, theirs) < 1e-5
 
 
+@pytest.mark.slow
 def test_kernels_of_attention_give_the_same_gradients(rng):
     """Through whole layers, of full and of sliding attention."""
     config = ModelConfig.from_dict(SHAPE | {"vocab_size": 300, "max_position_embeddings": 128})
