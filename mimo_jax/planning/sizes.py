@@ -18,6 +18,7 @@ from mimo_jax.cache import ROWS, cache_rows
 from mimo_jax.config import ModelConfig
 from mimo_jax.decode.program import Plan, Settings, state_maker
 from mimo_jax.decode.state import State, init_state
+from mimo_jax.model.prefill_attention import MOST_DECODED, SMALL
 from mimo_jax.planning.groups import group_of
 from mimo_jax.sharding import AXIS
 
@@ -81,12 +82,13 @@ def workspace_of(placed: Plan, settings: Settings) -> dict[str, int]:
     Looked at are a prefill pass of a whole chunk and a verified block; the larger is returned:
 
     - "activations": the residual stream and its sums in float32, the tapped features twice;
-    - "attention scores": float32 scores and weights over all rows of the largest cache;
+    - "attention scores": float32 scores and weights over all rows of the largest cache, where they
+      are kept: on CPUs, of blocks and of chunks that have few. GPUs other than Hoppers keep those
+      of blocks, which is not counted;
     - "decoded weights": of one expert in float32, or of one FP8 projection;
     - "logits": of a block, from all devices, and what sampling makes of them.
 
-    Held to what XLA reports for described H200s (tests/aot): from 1.0 of it with long contexts to
-    1.6 with short ones, where all of it is below 0.4 GB.
+    Held to what XLA reports for described H200s (tests/aot).
     """
     config = placed.config
     decoded = {"decoded weights": _decoded(placed, settings)}
@@ -146,15 +148,24 @@ def _pass_workspace(placed: Plan, settings: Settings, rows: int) -> dict[str, in
     """Temporaries of a pass over that many rows of each sequence, but for weights and logits."""
     config, tokens = placed.config, settings.batch * rows
     features = 2 * len(placed.taps) * jnp.dtype(settings.dtype).itemsize
-    scores = 0
+    scores, on_cpu = 0, _on_cpu(placed)
     for attention in {config.attention(i) for i in range(config.num_hidden_layers)}:
         cached = cache_rows(attention, settings.max_len, settings.block)
         cached += 0 if attention.window is None else rows
-        scores = max(scores, 2 * 4 * tokens * attention.num_heads // placed.shards * cached)
+        count = tokens * attention.num_heads // placed.shards * cached
+        # As `attend_chunk` and `Attention.attend_cached` decide.
+        kept = on_cpu and (rows <= MOST_DECODED or count <= SMALL)
+        scores = max(scores, 2 * 4 * count * kept)
     return {
         "activations": tokens * config.hidden_size * (4 * 4 + features),
         "attention scores": scores,
     }
+
+
+def _on_cpu(placed: Plan) -> bool:
+    """Whether the mesh is of CPUs; an abstract one stands for GPUs."""
+    mesh = placed.mesh
+    return not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform == "cpu"
 
 
 def _decoded(placed: Plan, settings: Settings) -> int:
