@@ -70,7 +70,7 @@ def load(
         quantises them here, which changes them.
       linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
-        memory, and on Hopper GPUs less time; "auto" is "fp8" on GPUs.
+        memory, and half the bytes for the kernels to read; "auto" is "fp8" on GPUs.
       o_proj: what becomes of attention's output projections: "stored" keeps them as the checkpoint
         has them; "fp8" quantises them here, which changes them and halves what they take of memory
         and of a decoding step.

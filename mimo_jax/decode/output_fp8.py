@@ -1,7 +1,8 @@
 """Attention's output projections in FP8: half of the bytes that most checkpoints store them in.
 
 Released checkpoints have them in bfloat16, which at batch 1 outweighs the experts' 4 bits. FP8 is
-another model, by a sixteenth of each weight at most: an option, never a default.
+another model: weights change by up to a sixteenth, a tile's smallest by more. So it is an option,
+never a default.
 """
 
 from typing import Any

@@ -17,14 +17,12 @@ from mimo_jax.model.layers import (
     tile_scales,
     value,
 )
+from mimo_jax.model.moe import ATTENTION_WORD
 from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
 from pallas_kernels.attention import block_attention
 from pallas_kernels.attention_layer import attention_layer
 
-ATTENTION_WORD = 20
-"""Of a layer's `flags`, which its expert kernel keeps and does not use here: the blocks of
-`attention_layer` meet there. The router's kernel counts at 16."""
 MASKED = -1e30
 """Score of a masked key. Finite: a row without any key stays free of NaN."""
 

@@ -15,9 +15,10 @@ from pallas_kernels.expert_ffn import ExpertWeights, KernelWeights, expert_ffn, 
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.router import MOST_TOKENS, route
 
-ROUTER_WORD = 16
-"""Of the words that the expert kernel keeps, one that it does not use: the router's kernel counts
-there. Like all of them it is zero before and after each launch."""
+ROUTER_WORD, ATTENTION_WORD = 16, 20
+"""Of the words that the expert kernel keeps, the first of those that it does not use: the router's
+kernel counts in one, zero after each launch; the blocks of `attention_layer` meet at two of eight.
+"""
 
 
 class Router(nnx.Module):

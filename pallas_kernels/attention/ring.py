@@ -144,10 +144,7 @@ class Ring:
         g, c = lane // 4, lane % 4
         tile, head = block % self.tiles, block // self.tiles
         sequence, kv = head // self.k, head % self.k
-        rows = [
-            tile * self.rows + g + EIGHT * i if i else tile * self.rows + g
-            for i in range(self.eights)
-        ]
+        rows = [tile * self.rows + g + EIGHT * i for i in range(self.eights)]
         shared = m.const(self.shares) > warp
         query = [self._query(m, refs, sequence, kv, row, c) for row in rows]
         first = (sequence * self.k + kv) * self.s
