@@ -87,6 +87,9 @@ class NumpyThreads:
     def exp2(self, x):
         return reg(np.exp2(np.asarray(x)).astype(np.float32))
 
+    def whole(self, x):
+        return reg(np.rint(np.asarray(x)).astype(np.float32))
+
     def fma(self, a, b, c):
         wide = np.asarray(a, np.float64) * np.asarray(b, np.float64) + np.asarray(c, np.float64)
         return reg(wide.astype(np.float32))

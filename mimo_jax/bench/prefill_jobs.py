@@ -12,6 +12,7 @@ import numpy as np
 
 from mimo_jax.bench.kernel_cases import Job
 from mimo_jax.bench.kernel_jobs import distance, poison, seconds
+from mimo_jax.cache import ROWS
 from mimo_jax.decode.program import GPU_OPTIONS
 from mimo_jax.model.attention import attend, causal
 from pallas_kernels.attention.shapes import SHAPES, Shape
@@ -88,7 +89,9 @@ def first_row(shape: Shape, start: int) -> int:
 def inputs(rng, shape: Shape, t: int, start: int, live: int, slack: int = 64):
     """Arguments of the kernel; rows of keys that no query sees are NaN."""
     first = first_row(shape, start)
-    rows = -(-(start + t - first) // ALIGN) * ALIGN if shape.window else start + t + slack
+    # Of a full cache whole pieces, as `mimo_jax.cache` has them.
+    held, piece = (start + t - first, ALIGN) if shape.window else (start + t + slack, ROWS)
+    rows = -(-held // piece) * piece
     keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), 3)
     place = first + jnp.arange(rows)
     hidden = (place < 0) | (place >= start + live)

@@ -1,5 +1,7 @@
 """Grouped-query attention with sinks, a value scale, keys wider than values; full or windowed."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,6 +25,7 @@ from mimo_jax.sharding import Parallel, normal, param
 from pallas_kernels.attention import block_attention
 from pallas_kernels.attention_layer import attention_layer
 
+LOG2E = math.log2(math.e)
 MASKED = -1e30
 """Score of a masked key. Finite: a row without any key stays free of NaN."""
 
@@ -221,15 +224,17 @@ def attend(
     groups = keys.shape[1]
     grouped = q.reshape(b, t, groups, n // groups, h)
     scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * jnp.float32(h**-0.5), MASKED)
+    scores = jnp.where(visible[:, None, None], scores * jnp.float32(h**-0.5 * LOG2E), MASKED)
     top = scores.max(axis=-1, keepdims=True)
     if sink is not None:
-        logits = sink.astype(jnp.float32).reshape(1, groups, n // groups, 1, 1)
+        logits = sink.astype(jnp.float32).reshape(1, groups, n // groups, 1, 1) * LOG2E
         top = jnp.maximum(top, logits)
-    weights = jnp.where(visible[:, None, None], jnp.exp(scores - top), 0.0)
+    # Whole: then weights are rounded as the kernels round them, which see a part of the keys each.
+    top = jnp.round(top)
+    weights = jnp.where(visible[:, None, None], jnp.exp2(scores - top), 0.0)
     total = weights.sum(axis=-1, keepdims=True)
     if sink is not None:
-        total = total + jnp.exp(logits - top)
+        total = total + jnp.exp2(logits - top)
     mixed = jnp.einsum(
         "bkgts,bksv->bkgtv",
         weights.astype(values.dtype),

@@ -108,8 +108,10 @@ def few_token_linear(
 
     def elsewhere(x, weight, scale, norm, residual):
         x = x if norm is None else rms_norm(x, norm, epsilon)
-        y = stored_linear(x, weight, scale, unit, dtype)
-        return y if residual is None else residual + y
+        if residual is None:
+            return stored_linear(x, weight, scale, unit, dtype)
+        y = residual.astype(jnp.float32) + stored_linear(x, weight, scale, unit, jnp.float32)
+        return y.astype(dtype)
 
     norm = None if norm is None else norm.weight[...]
     if _fits(x, weight, scale, unit, residual):

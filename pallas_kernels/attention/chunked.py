@@ -229,7 +229,8 @@ class Chunked:
         if masked:
             seen = self.seen(unit, row, i)
             scores = jnp.where(seen, scores, MASKED)
-        new = jnp.maximum(top, scores.max(axis=1))
+        # Whole: then weights are rounded as they are for any other share of the keys.
+        new = jnp.maximum(top, jnp.round(scores.max(axis=1)))
         shrink = jnp.exp2(top - new)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new, scores.shape, [0]))
         if masked:

@@ -196,6 +196,10 @@ class Machine:
         """2^x."""
         return Reg(ptx.asm(ptx.f32(), [x.value], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
+    def whole(self, x: Reg) -> Reg:
+        """The nearest whole number."""
+        return Reg(ptx.asm(ptx.f32(), [x.value], "cvt.rni.f32.f32 $0, $1;", "=f,f"))
+
     def fma(self, a: Reg, b: Reg, c: Reg) -> Reg:
         """a b + c, rounded once."""
         return Reg(ptx.fma(a.value, b.value, c.value))

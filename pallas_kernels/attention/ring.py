@@ -248,6 +248,8 @@ class Ring:
             top = m.maximum(m.maximum(own[0], own[1]), m.maximum(own[2], own[3]))
             for mask in (1, 2):
                 top = m.maximum(top, m.swap(top, mask))
+            # Whole: then weights are rounded as they are for any other share of the keys.
+            top = m.whole(top)
             weights = [
                 m.where(see, m.exp2(score - top), m.const(0.0))
                 for see, score in zip(seen[half], own, strict=True)

@@ -65,8 +65,8 @@ def expert_ffn(
 
     Returns:
       float32 sums in ascending order of expert id, so that a token's bits never depend on the
-      others; with a residual bfloat16, rounded once. Within one implementation: the kernel rounds
-      the hidden values to bfloat16, the reference nothing.
+      others; with a residual bfloat16, rounded once. Both implementations round hidden values to
+      x's type, after their routing weight, so that what they give differs by the order of sums.
 
     Raises:
       ValueError: on shapes, types or weights that do not fit, or an unknown implementation.

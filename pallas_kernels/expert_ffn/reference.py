@@ -14,7 +14,10 @@ def active_experts(expert_ids, num_experts):
 
 
 def expert_ffn_reference(x, weights, expert_ids, routing):
-    """Loops over the active experts in ascending order, each over all tokens; see `expert_ffn`."""
+    """Loops over the active experts in ascending order, each over all tokens; see `expert_ffn`.
+
+    Hidden values, times their routing weight, are rounded to x's type, where the kernel rounds.
+    """
     num_experts = weights.gate_up.shape[0]
     # A negative index would count from the end: dead choices go past it, where scatters drop them.
     ids = jnp.where(expert_ids < 0, num_experts, expert_ids)
@@ -35,8 +38,9 @@ def expert_ffn_reference(x, weights, expert_ids, routing):
         gate, up = jnp.einsum(
             "td,pfd->ptf", inputs, matrix(weights.gate_up, weights.gate_up_scale, expert)
         )
-        hidden = jax.nn.silu(gate) * up
-        output = jnp.einsum("tf,df->td", hidden, matrix(weights.down, weights.down_scale, expert))
-        return total + lax.dynamic_slice_in_dim(share, expert, 1, axis=1) * output
+        hidden = jax.nn.silu(gate) * up * lax.dynamic_slice_in_dim(share, expert, 1, axis=1)
+        hidden = hidden.astype(x.dtype).astype(jnp.float32)
+        down = matrix(weights.down, weights.down_scale, expert)
+        return total + jnp.einsum("tf,df->td", hidden, down)
 
     return lax.fori_loop(0, count, add_expert, jnp.zeros(x.shape, jnp.float32))

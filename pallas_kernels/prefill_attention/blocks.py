@@ -6,6 +6,7 @@ window, is not read, so that a long cache with little in it costs little.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import lax
 
 from pallas_kernels.prefill_attention.reference import MASKED
 
+LOG2E = math.log2(math.e)
 QUERIES = 256
 """Tokens of a block."""
 TILE = 512
@@ -31,7 +33,7 @@ def prefill_attention_blocks(
     q = jnp.pad(q, ((0, 0), (0, count * queries - t), (0, 0), (0, 0)))
     q = q.reshape(b, count, queries, groups, n // groups, h).transpose(1, 0, 3, 4, 2, 5)
     first = jnp.zeros_like(start) if first is None else first
-    sink = jnp.full(n, MASKED, jnp.float32) if sink is None else sink.astype(jnp.float32)
+    sink = jnp.full(n, MASKED, jnp.float32) if sink is None else sink.astype(jnp.float32) * LOG2E
     sink = sink.reshape(1, groups, n // groups, 1)
 
     def block(index_and_q):
@@ -48,8 +50,8 @@ def prefill_attention_blocks(
         )
         top, total, sums = lax.fori_loop(span[0], span[1], walk, begin)
         new = jnp.maximum(top, sink)
-        shrink = jnp.exp(top - new)
-        total = jnp.maximum(total * shrink + jnp.exp(sink - new), 1e-30)
+        shrink = jnp.exp2(top - new)
+        total = jnp.maximum(total * shrink + jnp.exp2(sink - new), 1e-30)
         return (sums * (shrink / total)[..., None]).astype(q.dtype)
 
     out = lax.map(block, (jnp.arange(count, dtype=jnp.int32), q))
@@ -88,10 +90,11 @@ def _tile(q, keys, values, query, low, end, window, tile, step, carry):
     # What no row sees may be NaN, and 0 times NaN is not 0.
     mixed = jnp.where(fresh[:, None, :, None], mixed, jnp.zeros_like(mixed))
     scores = jnp.einsum("bkgth,bksh->bkgts", q, near, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, scores * jnp.float32(q.shape[-1] ** -0.5), MASKED)
-    new = jnp.maximum(top, scores.max(axis=-1))
-    shrink = jnp.exp(top - new)
-    weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
+    scores = jnp.where(seen, scores * jnp.float32(q.shape[-1] ** -0.5 * LOG2E), MASKED)
+    # Whole: then weights are rounded as they are for any other share of the keys.
+    new = jnp.maximum(top, jnp.round(scores.max(axis=-1)))
+    shrink = jnp.exp2(top - new)
+    weights = jnp.where(seen, jnp.exp2(scores - new[..., None]), 0.0)
     total = total * shrink + weights.sum(axis=-1)
     part = jnp.einsum(
         "bkgts,bksv->bkgtv",

@@ -221,7 +221,8 @@ class Prefill:
         if masked:
             scores = jnp.where(self.seen(work, row, i), scores, MASKED)
         scale = jnp.float32(self.h**-0.5 * LOG2E)
-        new = jnp.maximum(top, scores.max(axis=1) * scale)
+        # Whole: then weights are rounded as they are for any other share of the keys.
+        new = jnp.maximum(top, jnp.round(scores.max(axis=1) * scale))
         shrink = jnp.exp2(top - new)
         weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))
         total = total * shrink + weights.sum(axis=1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from prefill_cases import arrays, distance, make, oracle
 
+from mimo_jax.model.attention import attend, causal
 from pallas_kernels.prefill_attention import api, blocks, prefill_attention
 from pallas_kernels.prefill_attention.reference import prefill_attention_reference
 
@@ -71,6 +72,33 @@ def test_tiles_and_blocks_of_queries_change_nothing_but_rounding(rng):
     for queries, tile in ((3, 10), (7, 64), (20, 16)):
         other = run(arguments, None, queries=queries, tile=tile)
         np.testing.assert_allclose(other, first, rtol=0, atol=5e-6)
+
+
+def weights_rounded_alike(rng) -> float:
+    """How far bfloat16 outputs are apart if keys are divided otherwise, or not at all."""
+    case = CASES["full"]
+    arguments = make(rng, **case)
+    given, named = arrays(arguments)
+    walk = blocks.prefill_attention_blocks.__wrapped__
+    options = dict(first=named["first"], sink=named["sink"], window=None)
+    outs = [walk(*given, **options, queries=q, tile=k) for q, k in ((20, 107), (3, 10), (7, 32))]
+    q, keys, values = (jnp.nan_to_num(x) for x in given[:3])
+    places = jnp.broadcast_to(jnp.arange(case["s"]), (len(case["start"]), case["s"]))
+    queries = jnp.asarray(arguments["start"])[:, None] + jnp.arange(case["t"])
+    outs.append(attend(q, keys, values, causal(queries, places, None), named["sink"]))
+    counts = np.arange(case["t"]) < np.asarray(case["live"])[:, None]
+    first, *others = (np.asarray(out, np.float64)[counts] for out in outs)
+    return max(np.linalg.norm(out - first) / np.linalg.norm(first) for out in others)
+
+
+def test_weights_are_rounded_alike_however_keys_are_divided(rng):
+    assert weights_rounded_alike(rng) < 2e-4
+
+
+def test_fractional_maxima_round_weights_otherwise(rng, monkeypatch):
+    """The planted bug of the test above."""
+    monkeypatch.setattr(jnp, "round", lambda x: x)
+    assert weights_rounded_alike(rng) > 5e-4
 
 
 @pytest.mark.parametrize(("start", "window", "steps"), [(3, None, 1), (70, None, 4), (70, 13, 2)])
