@@ -48,7 +48,7 @@ def load(
     linear: str = "auto",
     o_proj: str = "stored",
     layout: str = "tensor",
-    kernel: bool = True,
+    kernel: bool | str = True,
     dtype: Any = None,
     progress: bool = True,
 ) -> Engine:
@@ -75,7 +75,8 @@ def load(
         has them; "fp8" quantises them here, which changes them and halves what they take of memory
         and of a decoding step.
       layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
-      kernel: on Hopper GPUs, run what `pallas_kernels` has kernels for by them; False is for
+      kernel: on Hopper GPUs, run what `pallas_kernels` has kernels for by them; "whole" also makes
+        a window layer's attention one launch (`pallas_kernels.attention_layer`); False is for
         comparing with XLA's own programs.
       dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
       progress: say on stderr what takes time.
@@ -129,7 +130,7 @@ class _Held:
       fp8: whether FP8 weights stay so.
       o_proj: "stored" or "fp8".
       layout: a key of `RULES`.
-      kernel: whether to run kernels where there are some.
+      kernel: whether to run kernels where there are some; "whole": a window layer's in one.
       dtype: of all other weights.
     """
 
@@ -137,7 +138,7 @@ class _Held:
     fp8: bool
     o_proj: str
     layout: str
-    kernel: bool
+    kernel: bool | str
     dtype: Any
 
     def declare(self, config: ModelConfig, drafter: AnyDrafterConfig | None, mesh: AnyMesh) -> Plan:
@@ -152,7 +153,8 @@ class _Held:
         params = jax.block_until_ready(read())
         if rewritten is not plan:
             params = quantize_output_params(plan, rewritten, params)
-        plan = dataclasses.replace(rewritten, kernels=self.kernel)
+        run = dict(kernels=bool(self.kernel), whole_layers=self.kernel == "whole")
+        plan = dataclasses.replace(rewritten, **run)
         on_cpu = plan.mesh.devices.flat[0].platform == "cpu"
         if self.experts == "packed" and self.kernel and not on_cpu:
             return _for_kernel(plan, params, self.dtype)
@@ -167,7 +169,7 @@ def _held(
     linear: str,
     o_proj: str,
     layout: str,
-    kernel: bool,
+    kernel: bool | str,
     dtype: Any,
 ) -> _Held:
     """Checks the arguments of `load` of these names, and decides what "auto" is."""
@@ -176,6 +178,7 @@ def _held(
         ("linear", linear, ("auto", "decoded", "fp8")),
         ("o_proj", o_proj, ("stored", "fp8")),
         ("layout", layout, tuple(RULES)),
+        ("kernel", kernel, (True, False, "whole")),
     ):
         if value not in allowed:
             raise MimoError(f"{name}={value!r} is not allowed: it must be one of {allowed}.")

@@ -2,10 +2,12 @@
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mimo_jax.bench import agreement
+from mimo_jax.model import layers
 
 WORDS = 50
 
@@ -59,3 +61,12 @@ def test_each_difference_is_found_once_and_only_near_ties_are_forgiven(rng):
     assert [place["at"] for place in found] == list(places)
     assert [place["near_tie"] for place in found] == [True, False, False]
     assert [place["ulps"] for place in found] == [2, 3, 1]
+
+
+def test_reordered_products_have_the_same_terms(rng):
+    x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((3, 250), (7, 250)))
+    plain = types.SimpleNamespace(generate=lambda x: np.asarray(layers.linear(x, w)))
+    whole, halved = plain.generate(x), agreement.Reordered(plain).generate(x)
+    np.testing.assert_allclose(halved, whole, rtol=0, atol=2e-5)
+    assert (halved != whole).any()
+    np.testing.assert_array_equal(plain.generate(x), whole)

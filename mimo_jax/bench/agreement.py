@@ -7,9 +7,16 @@ differ, the right engine's logits for that place must have the two tokens in que
 greatest two, within 2 units in the last place of bfloat16; the left engine then goes on from the
 right one's text. Drafting must change nothing on the left at all. The exit code is 1 if a
 difference is no near-tie, if more than 1 token in 1,000 differs, or if drafting changed a token.
+
+    XLA='{"kernel": false, "dtype": "bfloat16"}'
+    python -m mimo_jax.bench.agreement checkpoints/mimo-nano --left "$XLA" --right "$XLA" --reorder
+
+adds up the left engine's products in another order and changes nothing else: how often bfloat16
+itself lets tokens differ, beside which another program's differences are to be seen.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -29,6 +36,7 @@ from mimo_jax.bench.generate import read_prompts
 from mimo_jax.decode.prefill import prefill
 from mimo_jax.decode.program import Settings, make_state
 from mimo_jax.decode.state import state_specs
+from mimo_jax.model import layers
 from mimo_jax.sharding import AXIS, Parallel
 
 ULPS = 2
@@ -136,12 +144,45 @@ def compare(left: Any, right: Any, prompts: list[str], max_tokens: int) -> dict[
     }
 
 
+class Reordered:
+    """An engine whose products are made of two halves, added: other sums of the same terms."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    def generate(self, *arguments, **options):
+        """As the engine's; its programs are traced here."""
+        with _halved_products():
+            return self._engine.generate(*arguments, **options)
+
+
+@contextlib.contextmanager
+def _halved_products():
+    whole = layers._product
+
+    def halved(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        if axes != "...i,oi->...o":
+            return whole(axes, x, y)
+        half = x.shape[-1] // 2
+        low = whole(axes, x[..., :half], y[..., :half])
+        return low + whole(axes, x[..., half:], y[..., half:])
+
+    layers._product = halved
+    try:
+        yield
+    finally:
+        layers._product = whole
+
+
 def main() -> int:
     """Loads, compares, and prints a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a checkpoint's directory")
     parser.add_argument("--left", type=json.loads, default={}, help="JSON: arguments of load")
     parser.add_argument("--right", type=json.loads, default={}, help="JSON: arguments of load")
+    parser.add_argument(
+        "--reorder", action="store_true", help="add up the left engine's products otherwise"
+    )
     parser.add_argument("--prompts", type=Path, help="JSONL with a text a line")
     parser.add_argument("--count", type=int, default=40, help="prompts (default 40)")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens an answer")
@@ -153,8 +194,10 @@ def main() -> int:
         mimo_jax.load(options.model, **{"devices": 1, "experts": "packed", **arguments})
         for arguments in (options.left, options.right)
     )
+    left = Reordered(left) if options.reorder else left
     result = compare(left, right, prompts, options.max_tokens)
-    known = {"left": options.left, "right": options.right, "model": str(options.model)}
+    known = {name: getattr(options, name) for name in ("reorder", "left", "right")}
+    known["model"] = str(options.model)
     print_json({"benchmark": "agreement", **known, **environment(), **result})
     return 0 if result["agree"] else 1
 

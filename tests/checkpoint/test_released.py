@@ -336,6 +336,7 @@ def test_the_engines_other_ways_to_open_it(files, tmp_path):
         ({"linear": "fp4"}, "linear='fp4' is not allowed"),
         ({"layout": "pipeline"}, "layout='pipeline' is not allowed"),
         ({"o_proj": "fp4"}, "o_proj='fp4' is not allowed"),
+        ({"kernel": "all"}, "kernel='all' is not allowed"),
         ({"experts": "packed"}, "experts='packed', but .*'mxfp4'"),
         ({"experts": "fp8"}, "experts='fp8' is not allowed"),
     ],
