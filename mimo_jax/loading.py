@@ -70,7 +70,7 @@ def load(
         quantises them here, which changes them.
       linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
-        memory, and half the bytes for the kernels to read; "auto" is "fp8" on GPUs.
+        memory, and half the bytes for the kernels to read; "auto" is "fp8" where these run.
       o_proj: what becomes of attention's output projections: "stored" keeps them as the checkpoint
         has them; "fp8" quantises them here, which changes them and halves what they take of memory
         and of a decoding step.
@@ -188,9 +188,11 @@ def _held(
         )
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = _dtype(dtype, on_cpu)
+    # Elsewhere XLA would decode at every step, which costs more time than it saves bytes.
+    kernels_run = kernel and not on_cpu and dtype == jnp.bfloat16 and kernel_absence() is None
     return _Held(
         experts=_experts(experts, checkpoint, dtype, on_cpu),
-        fp8=linear == "fp8" or linear == "auto" and checkpoint.fp8 and not on_cpu,
+        fp8=linear == "fp8" or linear == "auto" and checkpoint.fp8 and kernels_run,
         o_proj=o_proj,
         layout=layout,
         kernel=kernel,

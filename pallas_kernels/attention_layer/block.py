@@ -23,7 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.ring_block import RingBlock
 from pallas_kernels.linear.block import Block
-from pallas_kernels.linear.plan import FINISHER_REGISTERS, PRODUCER_REGISTERS, Plan
+from pallas_kernels.linear.plan import FINISHER_REGISTERS, Plan
+from pallas_kernels.roles import run_roles
 
 SHARED_BYTES = 225 * 1024
 """Of 227 KB that a thread block can have; the rest is for barriers."""
@@ -129,23 +130,8 @@ class Layer:
 
     def run(self, refs):
         """The kernel: each warpgroup takes its role and its share of the registers."""
-        role, groups = lax.axis_index("wg"), self.consumers
         refs = refs | self.output.hooks.make_barriers(refs, self.barriers)
-
-        @pl.when(role == groups + 1)
-        def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            self.produce(refs)
-
-        @pl.when(role == groups)
-        def _():
-            plgpu.set_max_registers(FINISHER_REGISTERS, action="decrease")
-            self.finish(refs)
-
-        @pl.when(role < groups)
-        def _():
-            plgpu.set_max_registers(self.output.plan.registers, action="increase")
-            self.consume(refs)
+        run_roles(self, refs, self.output.plan.registers, FINISHER_REGISTERS)
 
     def scratch_types(self, dtype) -> dict:
         """Ring, sums, the norm, what attention's warps leave, barriers."""

@@ -16,13 +16,13 @@ from jaxtyping import Array
 
 from pallas_kernels.expert_ffn.layout import Plan
 from pallas_kernels.expert_ffn.slots import TOKENS
+from pallas_kernels.roles import PRODUCER_REGISTERS, run_roles
 
 SHARED_BYTES = 226 * 1024
 """Of 227 KB that a thread block can have; the rest is for barriers."""
 MAX_STAGES = 12
 _SHORT_MATRIX_UNITS = 32
 _SHORT_RING_BYTES = 80 * 1024
-PRODUCER_REGISTERS = 24
 FINISHER_REGISTERS = 56
 
 
@@ -237,23 +237,8 @@ class Block:
 
     def run(self, refs):
         """The kernel: each warpgroup takes its role and its share of the registers."""
-        role, groups = lax.axis_index("wg"), self.consumers
         refs = refs | self.work.hooks.make_told(refs, self.told)
-
-        @pl.when(role == groups + 1)
-        def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            self.produce(refs)
-
-        @pl.when(role == groups)
-        def _():
-            plgpu.set_max_registers(FINISHER_REGISTERS, action="decrease")
-            self.finish(refs)
-
-        @pl.when(role < groups)
-        def _():
-            plgpu.set_max_registers(consumer_registers(groups), action="increase")
-            self.consume(refs)
+        run_roles(self, refs, consumer_registers(self.consumers), FINISHER_REGISTERS)
 
     @property
     def told(self) -> tuple[tuple[str, int, int], ...]:

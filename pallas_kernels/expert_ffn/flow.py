@@ -18,7 +18,6 @@ from jaxtyping import Array
 from pallas_kernels.expert_ffn.block import (
     FINISHER_REGISTERS,
     MAX_STAGES,
-    PRODUCER_REGISTERS,
     SHARED_BYTES,
     common_width,
     consumer_registers,
@@ -26,6 +25,7 @@ from pallas_kernels.expert_ffn.block import (
 )
 from pallas_kernels.expert_ffn.layout import MOST_SLOTS, KernelWeights, Plan
 from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
+from pallas_kernels.roles import run_roles
 
 _CLAIMS = 32
 """Claims whose numbers are kept: more than can be under way between producer and finisher."""
@@ -118,6 +118,7 @@ class Flow:
 
     def produce(self, refs):
         """Claims, and copies weights stage after stage, hidden rows when they are there."""
+        self.stamp(refs, 0)
         grid, flags, hooks = self.grid, refs["flags"], self.hooks[0]
         ticket = grid.claim(flags, 0)
         plgpu.barrier_wait(refs["listed"])
@@ -259,6 +260,7 @@ class Flow:
 
     def finish(self, refs):
         """Lists the work; adds up what the consumers put down; in the end, adds up the experts."""
+        self.stamp(refs, 0)
         grid, flags, block = self.grid, refs["flags"], lax.axis_index("cta")
         grid.make_list(refs["ids"], refs["routing"], self.lists(refs))
         plgpu.barrier_arrive(refs["listed"])
@@ -323,25 +325,8 @@ class Flow:
 
     def run(self, refs):
         """The kernel: each warpgroup takes its role and its share of the registers."""
-        role, groups = lax.axis_index("wg"), self.consumers
         refs = refs | self.hooks[0].make_told(refs, self.told)
-
-        @pl.when(role == groups + 1)
-        def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            self.stamp(refs, 0)
-            self.produce(refs)
-
-        @pl.when(role == groups)
-        def _():
-            plgpu.set_max_registers(FINISHER_REGISTERS, action="decrease")
-            self.stamp(refs, 0)
-            self.finish(refs)
-
-        @pl.when(role < groups)
-        def _():
-            plgpu.set_max_registers(consumer_registers(groups), action="increase")
-            self.consume(refs)
+        run_roles(self, refs, consumer_registers(self.consumers), FINISHER_REGISTERS)
 
     def scratch_types(self, stage_shape: tuple[int, int]) -> dict:
         """Ring, hidden rows, sums, work list and barriers."""

@@ -30,7 +30,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear.plan import FINISHER_REGISTERS, PRODUCER_REGISTERS, Plan
+from pallas_kernels.linear.plan import FINISHER_REGISTERS, Plan
+from pallas_kernels.roles import run_roles
 
 
 @typing.runtime_checkable
@@ -253,23 +254,8 @@ class Block:
 
     def run(self, refs):
         """The kernel: each warpgroup takes its role and its share of the registers."""
-        role, groups = lax.axis_index("wg"), self.consumers
         refs = refs | self.hooks.make_barriers(refs, self.barriers("norm" in refs))
-
-        @pl.when(role == groups + 1)
-        def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            self.produce(refs)
-
-        @pl.when(role == groups)
-        def _():
-            plgpu.set_max_registers(FINISHER_REGISTERS, action="decrease")
-            self.finish(refs)
-
-        @pl.when(role < groups)
-        def _():
-            plgpu.set_max_registers(self.plan.registers, action="increase")
-            self.consume(refs)
+        run_roles(self, refs, self.plan.registers, FINISHER_REGISTERS)
 
     def barriers(self, norm: bool) -> list[tuple[str, int, int]]:
         """Name, number, and warpgroups that arrive; none where a copy does."""

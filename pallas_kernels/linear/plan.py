@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import math
 
+from pallas_kernels.roles import PRODUCER_REGISTERS
+
 SEGMENT = 128
 """Columns whose products are summed by themselves; FP8's tiles are as wide."""
 TILE = 8
@@ -19,7 +21,6 @@ _MOST_COLUMNS = 512
 """Of a warp's slice: 8 rows of x are then 64 registers."""
 _OTHER_REGISTERS = 48
 """Of a warp that multiplies, besides x."""
-PRODUCER_REGISTERS = 24
 FINISHER_REGISTERS = 48
 
 
