@@ -1,6 +1,7 @@
 """Experts in the kernel's order on a mesh give the state that they gave in the checkpoint's."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import mimo_jax
 from mimo_jax.decode.kernel_weights import kernel_plan, pack_params
 from mimo_jax.decode.options import Options
 from mimo_jax.decode.program import Settings, make_plan, make_program, make_state
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.presets import preset
 from mimo_jax.sharding import make_mesh
+
+NANO = pathlib.Path(__file__).resolve().parents[2] / "checkpoints" / "mimo-nano"
 
 
 def values(plan, seed):
@@ -57,3 +61,12 @@ def test_packed_experts_give_the_same_state(devices, layout, rng):
     # Tokens, and the caches of all layers.
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert states[0].length[0] == 26 and states[0].caches[-1].keys[0, :, 24].any()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kernels", "whole"),
+    [(True, True, False), (False, False, False), ("whole", True, True)],
+)
+def test_load_says_which_kernels_run(kernel, kernels, whole):
+    with mimo_jax.load(NANO, kernel=kernel, progress=False) as engine:
+        assert (engine._plan.kernels, engine._plan.whole_layers) == (kernels, whole)
