@@ -119,7 +119,7 @@ class Flow:
     def produce(self, refs):
         """Claims, and copies weights stage after stage, hidden rows when they are there."""
         self.stamp(refs, 0)
-        grid, flags, hooks = self.grid, refs["flags"], self.hooks[0]
+        grid, flags = self.grid, refs["flags"]
         ticket = grid.claim(flags, 0)
         plgpu.barrier_wait(refs["listed"])
         self.stamp(refs, 1)
@@ -130,40 +130,21 @@ class Flow:
             claim = grid.publish(ticket, refs["claims"], lax.rem(nth, _CLAIMS))
             return claim, grid.claim(flags, nth + 1)
 
-        def copy_stage(index, source):
-            stage, turn = lax.rem(index, self.stages), lax.div(index, self.stages)
-            pl.when(turn > 0)(lambda: hooks.wait(refs["empty"], stage, turn - 1))
-            target = place(refs["ring"], stage, source)
-            plgpu.copy_gmem_to_smem(source, target, refs["full"].at[stage])
-
-        def copy_unit(plan, weights, slot, unit, index):
-            expert = refs["expert"][slot]
-            for part in range(plan.parts):
-                copy_stage(index + part, weights.at[expert, unit * plan.parts + part])
-            return index + plan.parts
-
         def up_claim(carry):
             nth, index, claim, ticket = carry
             slot, unit = lax.div(claim, self.up.units), lax.rem(claim, self.up.units)
-            index = copy_unit(self.up, refs["weights"][0], slot, unit, index)
+            index = self.copy_unit(refs, 0, slot, unit, index)
             return nth + 1, index, *publish(nth + 1, ticket)
 
         def copy_rows(m, known):
-            """Hidden rows of this block's mth claim of down, once they are whole."""
-            slot, _ = self.down_place(self.claimed(refs, nth0 + m), first)
-            known = grid.slots_done(flags, slot, known, self.up.units, refs["count"][0])
-            buffer, turn = lax.rem(m, self.buffers), lax.div(m, self.buffers)
-            pl.when(turn > 0)(lambda: hooks.wait(refs["x_empty"], buffer, turn - 1))
-            target = refs["rows"].at[buffer]
-            plgpu.copy_gmem_to_smem(refs["seen"].at[slot], target, refs["x_full"].at[buffer])
-            return known
+            return self.copy_rows(refs, m, self.claimed(refs, nth0 + m), first, known)
 
         def down_claim(carry):
             m, index, claim, ticket, known = carry
             known = lax.cond(m >= self.lag, lambda: copy_rows(m - self.lag, known), lambda: known)
             slot, unit = self.down_place(claim, first)
             for nth in range(self.run_units):
-                index = copy_unit(self.down, refs["weights"][1], slot, unit + nth, index)
+                index = self.copy_unit(refs, 1, slot, unit + nth, index)
             return m + 1, index, *publish(nth0 + m + 1, ticket), known
 
         zero = jnp.int32(0)
@@ -178,7 +159,7 @@ class Flow:
         grid.publish(ticket, refs["claims"], lax.rem(nth0 + m + 1, _CLAIMS))
         # The stage after the last: no bytes, only the claim that does not exist.
         stage, turn = lax.rem(index, self.stages), lax.div(index, self.stages)
-        pl.when(turn > 0)(lambda: hooks.wait(refs["empty"], stage, turn - 1))
+        self.wait_for_turn(refs["empty"], stage, turn)
         plgpu.barrier_arrive(refs["full"].at[stage])
         # Pallas' interpreter wants every arrival to be seen.
         self.see_all(refs["empty"], self.stages, index, seen=index - self.stages + 1)
@@ -186,6 +167,33 @@ class Flow:
         if "ahead" in refs:
             # Not before this block has all its own weights.
             grid.prefetch(refs["ahead"], lax.axis_index("cta"))
+
+    def copy_unit(self, refs, which, slot, unit, index):
+        """Copies a unit's stages, each as soon as its place in the ring is free; the next index."""
+        plan, weights = (self.up, self.down)[which], refs["weights"][which]
+        expert = refs["expert"][slot]
+        for part in range(plan.parts):
+            nth = index + part
+            stage, turn = lax.rem(nth, self.stages), lax.div(nth, self.stages)
+            self.wait_for_turn(refs["empty"], stage, turn)
+            source = weights.at[expert, unit * plan.parts + part]
+            target = place(refs["ring"], stage, source)
+            plgpu.copy_gmem_to_smem(source, target, refs["full"].at[stage])
+        return index + plan.parts
+
+    def copy_rows(self, refs, m, claim, first, known):
+        """Copies the hidden rows of this block's mth claim of down, once they are whole."""
+        slot, _ = self.down_place(claim, first)
+        known = self.grid.slots_done(refs["flags"], slot, known, self.up.units, refs["count"][0])
+        buffer, turn = lax.rem(m, self.buffers), lax.div(m, self.buffers)
+        self.wait_for_turn(refs["x_empty"], buffer, turn)
+        target = refs["rows"].at[buffer]
+        plgpu.copy_gmem_to_smem(refs["seen"].at[slot], target, refs["x_full"].at[buffer])
+        return known
+
+    def wait_for_turn(self, place, number, turn):
+        """Waits until what the turn before brought there has been read."""
+        pl.when(turn > 0)(lambda: self.hooks[0].wait(place, number, turn - 1))
 
     def see_all(self, place, number, count, seen):
         """Waits for the last of `count` arrivals in turn at `number` barriers, from `seen` on."""
@@ -218,7 +226,7 @@ class Flow:
                 source = place(refs["ring"], stage, refs["weights"][which])
                 sums = hooks.multiply(sums, x, part, source, group, (refs["empty"], stage))
             buffer, turn = lax.rem(unit, 2), lax.div(unit, 2)
-            pl.when(turn > 0)(lambda: hooks.wait(refs["taken"], buffer, turn - 1))
+            self.wait_for_turn(refs["taken"], buffer, turn)
             hooks.put(sums, refs["sums"].at[buffer, group])
             hooks.arrive(refs["put"], buffer)
             return index + plan.parts
@@ -252,7 +260,7 @@ class Flow:
         self.stamp(refs, 2)
         # The finisher learns that there is no other unit.
         buffer, turn = lax.rem(carry[2], 2), lax.div(carry[2], 2)
-        pl.when(turn > 0)(lambda: self.hooks[0].wait(refs["taken"], buffer, turn - 1))
+        self.wait_for_turn(refs["taken"], buffer, turn)
         self.hooks[0].arrive(refs["put"], buffer)
         self.see_all(refs["taken"], 2, carry[2], seen=carry[2] - 1)
 
