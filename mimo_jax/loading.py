@@ -61,8 +61,7 @@ def load(
       drafter: "dflash", or "mtp", the target's own multi-token-prediction layers; True is the
         first that the checkpoint has; False leaves both out: decoding is plain, at its fastest,
         with a block of 1. Or the directory of another DFlash drafter, such as z-lab's.
-      max_len: tokens that a sequence may have, prompt included; by default the model's context, and
-        at most 4096.
+      max_len: tokens of a sequence, prompt included; by default the model's context, at most 4096.
       experts: "packed" keeps MXFP4 in memory; "dequantized" decodes it once, here: the same
         tokens, more memory; "auto" is "dequantized" on CPUs, where decoding at every step costs
         more than it saves, if that takes at most a quarter of the machine's memory; else "packed".
@@ -71,13 +70,12 @@ def load(
       linear: what becomes of FP8 weights (attention's input projections, dense MLPs): "decoded"
         decodes them once, here; "fp8" keeps them and decodes at each use: the same tokens, less
         memory, and half the bytes for the kernels to read; "auto" is "fp8" where these run.
-      o_proj: what becomes of attention's output projections: "stored" keeps them as the checkpoint
-        has them; "fp8" quantises them here, which changes them and halves what they take of memory
-        and of a decoding step.
+      o_proj: what becomes of attention's output projections: "stored" keeps them as they are; "fp8"
+        quantises them here, which changes them and halves their bytes.
       layout: "tensor" cuts every expert over the devices, "expert" gives each device whole ones.
-      kernel: on Hopper GPUs, run what `pallas_kernels` has kernels for by them; "whole" also makes
-        a window layer's attention one launch (`pallas_kernels.attention_layer`); False is for
-        comparing with XLA's own programs.
+      kernel: on Hopper GPUs, run what `pallas_kernels` has kernels for by them; "whole": also
+        attention of a window's layer in one launch, where it fits (`attention_layer`'s README says
+        where); False is for comparing with XLA's own programs.
       dtype: of weights, activations and caches; float32 on CPUs and bfloat16 on GPUs by default.
       progress: say on stderr what takes time.
 
@@ -130,7 +128,8 @@ class _Held:
       fp8: whether FP8 weights stay so.
       o_proj: "stored" or "fp8".
       layout: a key of `RULES`.
-      kernel: whether to run kernels where there are some; "whole": a window layer's in one.
+      kernel: whether to run kernels where there are some; "whole": a window layer's attention in
+        one launch.
       dtype: of all other weights.
     """
 
@@ -188,16 +187,21 @@ def _held(
         )
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = _dtype(dtype, on_cpu)
-    # Elsewhere XLA would decode at every step, which costs more time than it saves bytes.
-    kernels_run = kernel and not on_cpu and dtype == jnp.bfloat16 and kernel_absence() is None
     return _Held(
         experts=_experts(experts, checkpoint, dtype, on_cpu),
-        fp8=linear == "fp8" or linear == "auto" and checkpoint.fp8 and kernels_run,
+        fp8=checkpoint.fp8 and _keeps_fp8(linear, bool(kernel), dtype, on_cpu),
         o_proj=o_proj,
         layout=layout,
         kernel=kernel,
         dtype=dtype,
     )
+
+
+def _keeps_fp8(linear: str, kernel: bool, dtype: Any, on_cpu: bool) -> bool:
+    """Whether FP8 weights stay FP8; by itself where their kernel runs: XLA decodes at every use."""
+    if linear != "auto":
+        return linear == "fp8"
+    return kernel and not on_cpu and dtype == jnp.bfloat16 and kernel_absence() is None
 
 
 def _for_kernel(plan: Plan, params: Any, dtype: Any) -> tuple[Plan, Any]:

@@ -42,7 +42,7 @@ from pallas_kernels.mxfp4 import decode
 
 _LAYERS = 8
 _PASSES = 6
-"""Over the layers in one iteration of a loop, whose own cost (some 40 us on an H100) they share."""
+"""Over the layers in one iteration of a loop, so that its own cost is spread over many launches."""
 _REPEATS = 4
 _ROUNDS = 7
 _RUNS = 50

@@ -1,7 +1,5 @@
 """Grouped-query attention with sinks, a value scale, keys wider than values; full or windowed."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,10 +22,7 @@ from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
 from pallas_kernels.attention import block_attention
 from pallas_kernels.attention_layer import attention_layer
-
-LOG2E = math.log2(math.e)
-MASKED = -1e30
-"""Score of a masked key. Finite: a row without any key stays free of NaN."""
+from pallas_kernels.softmax import LOG2E, MASKED
 
 
 class Attention(nnx.Module):
@@ -229,7 +224,7 @@ def attend(
     if sink is not None:
         logits = sink.astype(jnp.float32).reshape(1, groups, n // groups, 1, 1) * LOG2E
         top = jnp.maximum(top, logits)
-    # Whole: then weights are rounded as the kernels round them, which see a part of the keys each.
+    # Whole, so that weights are rounded as in the kernels, which see a part of the keys each.
     top = jnp.round(top)
     weights = jnp.where(visible[:, None, None], jnp.exp2(scores - top), 0.0)
     total = weights.sum(axis=-1, keepdims=True)

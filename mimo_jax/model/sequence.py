@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mimo_jax.model.attention import MASKED
 from pallas_kernels.sequence_attention import sequence_attention
+from pallas_kernels.softmax import MASKED
 
 CHUNK = 512
 """Queries of a block, where no window divides the sequence."""

@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.chunks import Chunks
 from pallas_kernels.attention.combine import Combine
-from pallas_kernels.attention.ring import LOG2E, MASKED
 from pallas_kernels.attention.shapes import sizes_of
+from pallas_kernels.softmax import LOG2E, MASKED
 
 TILE = 64
 """Rows of keys in a stage."""
@@ -229,7 +229,7 @@ class Chunked:
         if masked:
             seen = self.seen(unit, row, i)
             scores = jnp.where(seen, scores, MASKED)
-        # Whole: then weights are rounded as they are for any other share of the keys.
+        # Whole: see `pallas_kernels.softmax`.
         new = jnp.maximum(top, jnp.round(scores.max(axis=1)))
         shrink = jnp.exp2(top - new)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new, scores.shape, [0]))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.chunks import Chunks
 from pallas_kernels.attention.launch import launch_lanes
-from pallas_kernels.attention.ring import LOG2E, MASKED
+from pallas_kernels.softmax import LOG2E, MASKED
 
 WARPS = 8
 """Warp w adds the chunks c with c % WARPS == w, ascending; then warps are added, ascending."""

@@ -8,8 +8,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels.attention.ring import KEYS, MASKED, ROWS, Place, Ring, bytes_of, columns_of
+from pallas_kernels.attention.ring import KEYS, ROWS, Place, Ring, bytes_of, columns_of
 from pallas_kernels.attention.shapes import sizes_of
+from pallas_kernels.softmax import MASKED
 
 WARPS = 8
 """Of a thread block: each has registers for what it loads and for its sums."""

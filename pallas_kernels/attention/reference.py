@@ -2,8 +2,7 @@
 
 import jax.numpy as jnp
 
-MASKED = -1e30
-"""Score of a masked key: finite, so that a row without any key is 0 and not NaN."""
+from pallas_kernels.softmax import MASKED
 
 
 def positions(end, rows: int):

@@ -6,7 +6,6 @@ bounds this is one trip to memory, the launch, and the SMs that take part.
 """
 
 import dataclasses
-import math
 import typing
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.launch import launch_lanes
 from pallas_kernels.attention.shapes import sizes_of
+from pallas_kernels.softmax import LOG2E, MASKED
 
 KEYS = 16
 """Rows of a ring in a warp's share."""
@@ -22,8 +22,6 @@ EIGHT = 8
 ROWS = 2 * EIGHT
 """Query rows of a thread block that fills its products."""
 MOST_WARPS = 16
-LOG2E = math.log2(math.e)
-MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +246,7 @@ class Ring:
             top = m.maximum(m.maximum(own[0], own[1]), m.maximum(own[2], own[3]))
             for mask in (1, 2):
                 top = m.maximum(top, m.swap(top, mask))
-            # Whole: then weights are rounded as they are for any other share of the keys.
+            # Whole: see `pallas_kernels.softmax`.
             top = m.whole(top)
             weights = [
                 m.where(see, m.exp2(score - top), m.const(0.0))

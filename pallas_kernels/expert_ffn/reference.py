@@ -38,8 +38,8 @@ def expert_ffn_reference(x, weights, expert_ids, routing):
         gate, up = jnp.einsum(
             "td,pfd->ptf", inputs, matrix(weights.gate_up, weights.gate_up_scale, expert)
         )
-        # By itself: with a factor for each row, XLA's exponential on CPUs (jax 0.12) gives a row
-        # other bits in another place.
+        # By itself: XLA's loop for CPUs (jax 0.12) over this and a factor for each row gives a row
+        # other bits in another place (tests/model/test_rows.py).
         hidden = lax.optimization_barrier(jax.nn.silu(gate) * up)
         hidden = hidden * lax.dynamic_slice_in_dim(share, expert, 1, axis=1)
         hidden = hidden.astype(x.dtype).astype(jnp.float32)

@@ -6,15 +6,13 @@ window, is not read, so that a long cache with little in it costs little.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.prefill_attention.reference import MASKED
+from pallas_kernels.softmax import LOG2E, MASKED
 
-LOG2E = math.log2(math.e)
 QUERIES = 256
 """Tokens of a block."""
 TILE = 512
@@ -91,7 +89,7 @@ def _tile(q, keys, values, query, low, end, window, tile, step, carry):
     mixed = jnp.where(fresh[:, None, :, None], mixed, jnp.zeros_like(mixed))
     scores = jnp.einsum("bkgth,bksh->bkgts", q, near, preferred_element_type=jnp.float32)
     scores = jnp.where(seen, scores * jnp.float32(q.shape[-1] ** -0.5 * LOG2E), MASKED)
-    # Whole: then weights are rounded as they are for any other share of the keys.
+    # Whole: see `pallas_kernels.softmax`.
     new = jnp.maximum(top, jnp.round(scores.max(axis=-1)))
     shrink = jnp.exp2(top - new)
     weights = jnp.where(seen, jnp.exp2(scores - new[..., None]), 0.0)

@@ -16,9 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.prefill_attention.reference import MASKED
+from pallas_kernels.softmax import LOG2E, MASKED
 
-LOG2E = 1.4426950408889634
 LEAST = -1e25
 """Greatest score of nothing: far above a masked score, whose weight is therefore exactly 0."""
 ROWS = 64
@@ -221,7 +220,7 @@ class Prefill:
         if masked:
             scores = jnp.where(self.seen(work, row, i), scores, MASKED)
         scale = jnp.float32(self.h**-0.5 * LOG2E)
-        # Whole: then weights are rounded as they are for any other share of the keys.
+        # Whole: see `pallas_kernels.softmax`.
         new = jnp.maximum(top, jnp.round(scores.max(axis=1) * scale))
         shrink = jnp.exp2(top - new)
         weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))

@@ -2,8 +2,7 @@
 
 import jax.numpy as jnp
 
-MASKED = -1e30
-"""Score of a masked key: finite, so that a row without any key is 0 and not NaN."""
+from pallas_kernels.softmax import MASKED
 
 
 def prefill_attention_reference(q, keys, values, start, live, first, window, sink):

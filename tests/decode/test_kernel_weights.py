@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import mimo_jax
+from mimo_jax import loading
 from mimo_jax.decode.kernel_weights import kernel_plan, pack_params
 from mimo_jax.decode.options import Options
 from mimo_jax.decode.program import Settings, make_plan, make_program, make_state
@@ -70,3 +71,22 @@ def test_packed_experts_give_the_same_state(devices, layout, rng):
 def test_load_says_which_kernels_run(kernel, kernels, whole):
     with mimo_jax.load(NANO, kernel=kernel, progress=False) as engine:
         assert (engine._plan.kernels, engine._plan.whole_layers) == (kernels, whole)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "on_cpu", "absence", "stays"),
+    [
+        (True, jnp.bfloat16, False, None, True),
+        (False, jnp.bfloat16, False, None, False),
+        (True, jnp.float32, False, None, False),
+        (True, jnp.bfloat16, False, NotImplementedError("another GPU"), False),
+        (True, jnp.bfloat16, True, None, False),
+    ],
+)
+def test_fp8_stays_by_itself_where_its_kernel_runs(
+    kernel, dtype, on_cpu, absence, stays, monkeypatch
+):
+    monkeypatch.setattr(loading, "kernel_absence", lambda: absence)
+    assert loading._keeps_fp8("auto", kernel, dtype, on_cpu) is stays
+    assert loading._keeps_fp8("fp8", kernel, dtype, on_cpu)
+    assert not loading._keeps_fp8("decoded", kernel, dtype, on_cpu)

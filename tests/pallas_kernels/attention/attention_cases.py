@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.attention.reference import decode_attention_reference
+from mimo_jax.model.attention import attend, causal
+from pallas_kernels.attention.reference import decode_attention_reference, positions
 
 BF16 = ml_dtypes.bfloat16
 
@@ -39,3 +40,13 @@ def reference(q, keys, values, start, live, window, sink):
     return np.asarray(
         decode_attention_reference(*arrays, window, None if sink is None else jnp.asarray(sink))
     )
+
+
+def of_the_model(q, keys, values, start, live, window, sink):
+    """What XLA's programs give, which round weights to bfloat16 where the kernels do."""
+    start, end = jnp.asarray(start), jnp.asarray(start + live)
+    places = positions(end, keys.shape[2])
+    rows = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+    arrays = [jnp.nan_to_num(jnp.asarray(x)) for x in (q, keys, values)]
+    sink = None if sink is None else jnp.asarray(sink)
+    return np.asarray(attend(*arrays, causal(rows, places, window), sink))

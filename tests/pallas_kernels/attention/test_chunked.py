@@ -11,7 +11,7 @@ import pytest
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("the Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
 
-from attention_cases import BF16, cache, distance, history, normal, reference
+from attention_cases import BF16, cache, distance, history, normal, of_the_model, reference
 from numpy_machine import NumpyMachine
 
 from pallas_kernels.attention.chunked import Chunked, Launch
@@ -107,6 +107,24 @@ def test_a_row_minds_its_own_business(rng):
         out = run(shape, q, held[0][None], held[1][None], *numbers)[0, slot]
         first = out if first is None else first
         np.testing.assert_array_equal(out, first)
+
+
+class FractionalMaxima(Chunked):
+    """A planted bug: a weight's rounding depends on the tiles that were looked at before."""
+
+    def step(self, *arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jnp, "round", lambda x: x)
+            return Chunked.step(self, *arguments, **options)
+
+
+def test_weights_are_rounded_as_xla_rounds_them(rng):
+    arguments = make(rng, Chunked(**SMALL, t=5), (189,), (5,))
+    sink = rng.normal(size=SMALL["n"]).astype(np.float32)
+    wanted = of_the_model(*arguments, None, sink)
+    shapes = [kind(**SMALL, t=5) for kind in (Chunked, FractionalMaxima)]
+    right, wrong = (distance(run(shape, *arguments, sink), wanted) for shape in shapes)
+    assert right < 2e-4 and wrong > 5e-4
 
 
 class KeepsGarbage(Chunked):

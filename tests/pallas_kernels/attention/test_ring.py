@@ -7,7 +7,7 @@ import pytest
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("the Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
 
-from attention_cases import BF16, cache, distance, history, normal, reference
+from attention_cases import BF16, cache, distance, history, normal, of_the_model, reference
 from numpy_machine import NumpyMachine
 
 from pallas_kernels.attention.ring import Ring
@@ -85,6 +85,16 @@ def test_a_row_minds_its_own_business(rng):
         out = run(Ring(**SMALL, t=t), others, *arguments[1:])[0, slot]
         first = out if first is None else first
         np.testing.assert_array_equal(out, first)
+
+
+def test_weights_are_rounded_as_xla_rounds_them(rng, monkeypatch):
+    """Though each warp looks at 16 rows; with fractional maxima, the planted bug, they are not."""
+    shape = Ring(**SMALL, t=5)
+    arguments = make(rng, shape, (40,), (5,))
+    wanted = of_the_model(*arguments[:5], shape.window, arguments[5])
+    assert distance(run(shape, *arguments), wanted) < 2e-4
+    monkeypatch.setattr(NumpyMachine, "whole", lambda self, x: x)
+    assert distance(run(shape, *arguments), wanted) > 5e-4
 
 
 class KeepsGarbage(Ring):

@@ -13,6 +13,7 @@ if jax.__version_info__ < (0, 11, 2):
 
 from prefill_cases import arrays, distance, make, oracle
 
+from pallas_kernels.prefill_attention.blocks import prefill_attention_blocks
 from pallas_kernels.prefill_attention.mosaic_gpu import Launch, Prefill, run
 
 TOLERANCE = 8e-3
@@ -59,6 +60,28 @@ def test_without_sinks_and_turns(rng):
     arguments = make(rng, **case) | {"sink": None}
     out = interpret(shape_for(case, turns=False), arguments)
     assert distance(out, oracle(**arguments, window=None)) < TOLERANCE
+
+
+class FractionalMaxima(Prefill):
+    """A planted bug: a weight's rounding depends on the tiles that were looked at before."""
+
+    def step(self, *arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jnp, "round", lambda x: x)
+            return Prefill.step(self, *arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["full", "window"])
+def test_weights_are_rounded_as_in_blocks(name, rng):
+    case = CASES[name]
+    arguments = make(rng, **case)
+    given, named = arrays(arguments)
+    options = dict(first=named["first"], sink=named["sink"], window=case.get("window"))
+    wanted = np.array(prefill_attention_blocks(*given, **options), np.float64)
+    wanted[np.arange(case["t"]) >= np.asarray(case["live"])[:, None]] = np.nan
+    shapes = [shape_for(case, kind, stages=2) for kind in (Prefill, FractionalMaxima)]
+    right, wrong = (distance(interpret(shape, arguments), wanted) for shape in shapes)
+    assert right < 2e-4 and wrong > 5e-4
 
 
 def test_three_warpgroups_give_the_bits_of_two(rng):
