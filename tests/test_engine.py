@@ -2,26 +2,16 @@
 
 import dataclasses
 import logging
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
-from tiny_checkpoint import (
-    CONFIG,
-    DRAFTER,
-    checkpoint,  # noqa: F401
-    write_checkpoint,
-    write_tokenizer,
-)
+from tiny_checkpoint import CONFIG, DRAFTER, checkpoint, write_checkpoint  # noqa: F401
 
 import mimo_jax
 from mimo_jax import plots
-from mimo_jax.checkpoint import store
-from mimo_jax.compilation import use_compilation_cache
 from mimo_jax.decode.batch import Decoding
 from mimo_jax.errors import MimoError
 from mimo_jax.sharding import Parallel
@@ -424,77 +414,6 @@ def test_without_a_drafter_the_block_is_one(
         assert words in said.err
     mimo_jax.load(write_checkpoint(tmp_path, drafter=False), devices=1).close()
     assert "has no drafter: decoding is plain" in capsys.readouterr().err
-
-
-def test_a_closed_engine(checkpoint):  # noqa: F811
-    engine = mimo_jax.load(checkpoint, devices=1, progress=False)
-    session = engine.session()
-    engine.close()
-    engine.close()
-    for use in (lambda: engine.generate("a"), engine.session, engine.summary):
-        with pytest.raises(MimoError, match="engine was closed"):
-            use()
-    with pytest.raises(MimoError, match="engine was closed"):
-        session.send("a")
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"devices": 3}, r"devices=3 cannot divide .* numbers that can: \[1, 2, 4, 8\]"),
-        ({"devices": 9}, "devices=9, but"),
-        ({"devices": 0}, "devices=0"),
-        ({"devices": 8}, "numbers that can"),
-        ({"experts": "fast"}, "experts='fast' .* 'packed', 'dequantized', 'mxfp4'"),
-        ({"layout": "data"}, "layout='data'"),
-        ({"dtype": "float16"}, "dtype='float16' .* float32 or bfloat16"),
-        ({"max_len": 1}, "max_len=1 .* 2 to 176, the model's context"),
-        ({"max_len": 177}, "max_len=177"),
-        ({"devices": 1, "mesh": mimo_jax.make_mesh(1)}, "mesh and devices are both given"),
-    ],
-)
-def test_loading_that_is_not_allowed(checkpoint, options, match):  # noqa: F811
-    with pytest.raises(MimoError, match=match):
-        mimo_jax.load(checkpoint, progress=False, **options)
-
-
-def test_a_tokenizer_of_another_model(checkpoint, tmp_path):  # noqa: F811
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    write_tokenizer(copy / "tokenizer.json", 320)
-    manifest = store.Manifest.read(copy)
-    data = store.hash_bytes((copy / "tokenizer.json").read_bytes())
-    files = manifest.files | {"tokenizer.json": data}
-    dataclasses.replace(manifest, files=files).write(copy)
-    with pytest.raises(MimoError, match="has 320 tokens, the model 312"):
-        mimo_jax.load(copy, devices=1)
-
-
-def test_the_compilation_cache(tmp_path, monkeypatch, caplog):
-    """A folder of ours unless the user has chosen one; without a writable place, a warning."""
-    chosen = jax.config.jax_compilation_cache_dir
-    try:
-        use_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == chosen
-        jax.config.update("jax_compilation_cache_dir", None)
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        use_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir is None
-        assert "Compiled programs are not kept" in caplog.text
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        use_compilation_cache()
-        folder = tmp_path / "cache" / "mimo_jax" / "xla"
-        assert jax.config.jax_compilation_cache_dir == str(folder) and folder.is_dir()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", chosen)
-        compilation_cache.reset_cache()
-
-
-def test_public_names_are_there():
-    for name in mimo_jax.__all__:
-        assert getattr(mimo_jax, name) is not None and name in dir(mimo_jax)
-    with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        _ = mimo_jax.lode
 
 
 def test_the_acceptance_plot(engine):
