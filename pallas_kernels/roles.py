@@ -10,7 +10,7 @@ PRODUCER_REGISTERS = 24
 
 @typing.runtime_checkable
 class Roles(typing.Protocol):
-    """A block of `consumers` warpgroups that multiply, one that finishes and one that copies."""
+    """A block of `consumers` warpgroups that multiply and one that copies."""
 
     consumers: int
 
@@ -18,20 +18,32 @@ class Roles(typing.Protocol):
         """Copies what the others work on into the ring of stages."""
 
     def consume(self, refs: dict[str, Any]) -> None:
-        """Multiplies stage after stage, and leaves sums."""
+        """Multiplies stage after stage; leaves sums to a finisher, if there is one."""
+
+
+@typing.runtime_checkable
+class FinishingRoles(Roles, typing.Protocol):
+    """The same with a warpgroup that finishes."""
 
     def finish(self, refs: dict[str, Any]) -> None:
         """Adds up sums and writes results."""
 
 
-def run_roles(block: Roles, refs: dict[str, Any], consumer: int, finisher: int) -> None:
-    """Each warpgroup takes its role: the first ones consume, then one finishes, one produces.
+def run_roles(
+    block: Roles | FinishingRoles,
+    refs: dict[str, Any],
+    consumer: int,
+    finisher: int | None = None,
+    producer: int = PRODUCER_REGISTERS,
+) -> None:
+    """Each warpgroup takes its role: the first ones consume, then one may finish, one produces.
 
     Args:
       block: the roles.
       refs: memory by name.
       consumer: registers of a consumer's thread.
-      finisher: of a finisher's.
+      finisher: of a finisher's; None without one.
+      producer: of a producer's.
     """
     # Loaded with the first kernel: this module also tells plans what a producer takes.
     from jax.experimental import pallas as pl
@@ -39,15 +51,17 @@ def run_roles(block: Roles, refs: dict[str, Any], consumer: int, finisher: int) 
 
     role, groups = lax.axis_index("wg"), block.consumers
 
-    @pl.when(role == groups + 1)
+    @pl.when(role == groups + (finisher is not None))
     def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(producer, action="decrease")
         block.produce(refs)
 
-    @pl.when(role == groups)
-    def _():
-        plgpu.set_max_registers(finisher, action="decrease")
-        block.finish(refs)
+    if finisher is not None:
+
+        @pl.when(role == groups)
+        def _():
+            plgpu.set_max_registers(finisher, action="decrease")
+            block.finish(refs)
 
     @pl.when(role < groups)
     def _():

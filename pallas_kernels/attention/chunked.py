@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention.chunks import Chunks
 from pallas_kernels.attention.combine import Combine
 from pallas_kernels.attention.shapes import sizes_of
+from pallas_kernels.roles import run_roles
 from pallas_kernels.softmax import LOG2E, MASKED
 
 TILE = 64
@@ -52,7 +53,7 @@ class Chunked:
     """Shapes of a call and a thread block's work.
 
     `rows` are query rows of a key/value head (all heads of a token, token by token), padded to
-    whole blocks of `warpgroups` times 64.
+    whole blocks of `consumers` times 64.
     """
 
     b: int
@@ -71,19 +72,19 @@ class Chunked:
         return self.n // self.k
 
     @property
-    def warpgroups(self) -> int:
-        """That multiply."""
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
         return 1 if self.t * self.group <= ROWS else 2
 
     @property
     def row_blocks(self) -> int:
         """Blocks of query rows, each with a pass over the cache."""
-        return -(-self.t * self.group // (ROWS * self.warpgroups))
+        return -(-self.t * self.group // (ROWS * self.consumers))
 
     @property
     def rows(self) -> int:
         """Query rows of a key/value head, padded."""
-        return self.row_blocks * ROWS * self.warpgroups
+        return self.row_blocks * ROWS * self.consumers
 
     @property
     def chunks(self) -> Chunks:
@@ -98,7 +99,7 @@ class Chunked:
     @property
     def stages(self) -> int:
         """Tiles in shared memory."""
-        held = self.warpgroups * ROWS * self.h * 2
+        held = self.consumers * ROWS * self.h * 2
         return self.launch.stages or min(
             6, (_SHARED_BYTES - held) // (TILE * (self.h + self.v) * 2)
         )
@@ -188,7 +189,7 @@ class Chunked:
         me = lax.axis_index("wg")
 
         def visit(unit, done):
-            row = (unit.row_block * self.warpgroups + me) * ROWS
+            row = (unit.row_block * self.consumers + me) * ROWS
             source = refs["q"].at[unit.sequence, unit.kv, pl.ds(row, ROWS)]
             plgpu.copy_gmem_to_smem(source, refs["q_held"].at[me], refs["q_full"].at[me])
             plgpu.barrier_wait(refs["q_full"].at[me])
@@ -277,20 +278,6 @@ class Chunked:
             ring[...] = jnp.where(place + first < unit.end, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
-    def run(self, refs):
-        """Each warpgroup takes its role and its registers."""
-        me = lax.axis_index("wg")
-
-        @pl.when(me == self.warpgroups)
-        def _():
-            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            self.produce(refs)
-
-        @pl.when(me < self.warpgroups)
-        def _():
-            plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-            self.consume(refs)
-
     def call(self, q, keys, values, start, live):
         """Launches; returns the chunks' weighted sums, greatest scores and sums of weights."""
         shape = (self.b, self.k, self.chunks.most, self.rows)
@@ -303,7 +290,8 @@ class Chunked:
         names = (*inputs, *outs)
 
         def body(*given, **scratch):
-            self.run(dict(zip(names, given, strict=True)) | scratch)
+            refs = dict(zip(names, given, strict=True)) | scratch
+            run_roles(self, refs, _CONSUMER_REGISTERS, producer=_PRODUCER_REGISTERS)
 
         def held(count, rows, columns):
             wide = next(bytes for bytes in (128, 64, 32) if columns * 2 % bytes == 0)
@@ -318,17 +306,17 @@ class Chunked:
             out_type=tuple(outs.values()),
             grid=(self.launch.blocks,),
             grid_names=("block",),
-            num_threads=self.warpgroups + 1,
+            num_threads=self.consumers + 1,
             thread_name="wg",
             scratch_types=dict(
-                q_held=held(self.warpgroups, ROWS, self.h),
+                q_held=held(self.consumers, ROWS, self.h),
                 keys_ring=held(self.stages, TILE, self.h),
                 values_ring=held(self.stages, TILE, self.v),
-                q_full=plgpu.Barrier(num_barriers=self.warpgroups),
+                q_full=plgpu.Barrier(num_barriers=self.consumers),
                 keys_full=barriers(),
                 values_full=barriers(),
-                keys_empty=barriers(self.warpgroups),
-                values_empty=barriers(self.warpgroups),
+                keys_empty=barriers(self.consumers),
+                values_empty=barriers(self.consumers),
             ),
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name="attention_chunks",

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.roles import run_roles
 from pallas_kernels.softmax import LOG2E, MASKED
 
 LEAST = -1e25
@@ -70,9 +71,14 @@ class Prefill:
         return self.n // self.k
 
     @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return self.launch.warpgroups
+
+    @property
     def block(self) -> int:
         """Query rows of a thread block."""
-        return ROWS * self.launch.warpgroups
+        return ROWS * self.consumers
 
     @property
     def row_blocks(self) -> int:
@@ -102,7 +108,7 @@ class Prefill:
             return (
                 f"heads of {self.h} and {self.v}; they must be multiples of 16, at most 256 and 128"
             )
-        if self.stages < max(2, self.launch.warpgroups):
+        if self.stages < max(2, self.consumers):
             return f"heads of {self.h} and {self.v} in tiles of {self.tile}: too few fit"
         if self.s % 8:
             return f"keys of {self.s} rows; the copy engine takes multiples of 8"
@@ -162,7 +168,7 @@ class Prefill:
         where = work.sequence, work.kv, pl.ds(row, ROWS)
         plgpu.copy_gmem_to_smem(refs["q"].at[where], refs["q_held"].at[me], refs["q_full"].at[me])
         plgpu.barrier_wait(refs["q_full"].at[me])
-        out = self.finish(refs, work, row, self.fold(refs, work, row, me))
+        out = self.means(refs, work, row, self.fold(refs, work, row, me))
         # No stage is in use any more; by turns the last one may be, by the second warpgroup, and
         # the first does not take that.
         stage = lax.rem(work.end - work.begin + self.stages - me, self.stages)
@@ -273,7 +279,7 @@ class Prefill:
             ring[...] = jnp.where(used, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
-    def finish(self, refs, work, row, carry):
+    def means(self, refs, work, row, carry):
         """The weighted means, with the sinks' mass."""
         total, top, sums = carry
         where = work.kv, pl.ds(row, ROWS)
@@ -283,21 +289,6 @@ class Prefill:
         shrink = jnp.exp2(top - new)
         total = jnp.maximum(total * shrink + jnp.exp2(sink - new), 1e-30)
         return sums * lax.broadcast_in_dim(shrink / total, sums.shape, [0])
-
-    def run(self, refs):
-        """Each warpgroup takes its role and its registers."""
-        me, count = lax.axis_index("wg"), self.launch.warpgroups
-        few, many = _REGISTERS[count]
-
-        @pl.when(me == count)
-        def _():
-            plgpu.set_max_registers(few, action="decrease")
-            self.produce(refs)
-
-        @pl.when(me < count)
-        def _():
-            plgpu.set_max_registers(many, action="increase")
-            self.consume(refs)
 
     def call(self, q, keys, values, start, live, first, sink):
         """Launches.
@@ -315,11 +306,11 @@ class Prefill:
           [b, k, rows, v].
         """
         inputs = dict(q=q, keys=keys, values=values, start=start, live=live, first=first, sink=sink)
-
-        count = self.launch.warpgroups
+        producer, consumer = _REGISTERS[self.consumers]
 
         def body(*given, **scratch):
-            self.run(dict(zip((*inputs, "out"), given, strict=True)) | scratch)
+            refs = dict(zip((*inputs, "out"), given, strict=True)) | scratch
+            run_roles(self, refs, consumer, producer=producer)
 
         def held(*dims):
             wide = _swizzle(dims[-1])
@@ -334,18 +325,18 @@ class Prefill:
             out_type=jax.ShapeDtypeStruct((self.b, self.k, self.rows, self.v), jnp.bfloat16),
             grid=(self.row_blocks, self.k, self.b),
             grid_names=("block", "kv", "sequence"),
-            num_threads=count + 1,
+            num_threads=self.consumers + 1,
             thread_name="wg",
             scratch_types=dict(
-                q_held=held(count, ROWS, self.h),
+                q_held=held(self.consumers, ROWS, self.h),
                 keys_ring=held(self.stages, self.tile, self.h),
                 values_ring=held(self.stages, self.tile, self.v),
-                q_full=plgpu.Barrier(num_barriers=count),
+                q_full=plgpu.Barrier(num_barriers=self.consumers),
                 keys_full=barriers(),
                 values_full=barriers(),
-                keys_empty=barriers(count),
-                values_empty=barriers(count),
-                turn=plgpu.Barrier(num_arrivals=count),
+                keys_empty=barriers(self.consumers),
+                values_empty=barriers(self.consumers),
+                turn=plgpu.Barrier(num_arrivals=self.consumers),
             ),
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name="prefill_attention",
