@@ -74,9 +74,7 @@ def attention_layer(
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
     check_name(implementation)
-    (b, t, _), groups = h.shape, keys.shape[1]
-    product = jax.ShapeDtypeStruct((b, t, groups, qkv.shape[0] // groups), h.dtype)
-    check_block(product, cos, sin, keys, values, start, live, window, sink)
+    _check(h, qkv, cos, sin, keys, values, start, live, window, sink)
     options = dict(window=window, value_scale=float(value_scale), epsilon=epsilon)
     reference = functools.partial(attention_layer_reference, **options)
     if implementation == "auto" and elsewhere is not None:
@@ -85,21 +83,28 @@ def attention_layer(
     arguments = *arguments, output_scale
     if implementation == "auto" and not whole_layers_wanted():
         return reference(*arguments)
-
-    def kernel(*arguments):
-        from pallas_kernels.attention_layer.mosaic_gpu import attention_layer_mosaic
-
-        found, keys, values = attention_layer_mosaic(*arguments, word=word, **options)
-        return found["y"].reshape(h.shape), keys, values
-
     return choose(
         implementation,
         (*arguments, flags),
-        kernel=kernel,
+        kernel=functools.partial(_kernel, word=word, **options),
         reference=lambda *arguments: reference(*arguments[:-1]),
         refusal=_refusal(arguments, flags, window, value_scale),
         without="A window layer's attention runs in several launches",
     )
+
+
+def _check(h, qkv, cos, sin, keys, values, start, live, window, sink):
+    """Refuses what does not fit the block that `qkv` makes of h."""
+    (b, t, _), groups = h.shape, keys.shape[1]
+    product = jax.ShapeDtypeStruct((b, t, groups, qkv.shape[0] // groups), h.dtype)
+    check_block(product, cos, sin, keys, values, start, live, window, sink)
+
+
+def _kernel(h, *others, **options):
+    from pallas_kernels.attention_layer.mosaic_gpu import attention_layer_mosaic
+
+    found, keys, values = attention_layer_mosaic(h, *others, **options)
+    return found["y"].reshape(h.shape), keys, values
 
 
 def _refusal(arguments, flags, window, value_scale) -> Exception | None:
