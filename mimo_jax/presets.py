@@ -119,7 +119,7 @@ _DRAFTERS = {
         _FLASH_DRAFTER,
         vocab_size=3072,
         hidden_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=32,

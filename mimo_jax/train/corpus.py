@@ -448,7 +448,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(".corpus"))
     parser.add_argument(
-        "--budget", type=int, default=210_000_000, help="characters of training text"
+        "--budget", type=int, default=540_000_000, help="characters of training text"
     )
     parser.add_argument("--offline", action="store_true", help="download nothing")
     parser.add_argument(

@@ -29,6 +29,7 @@ class Answers:
     Attributes:
       rows: how many; rounded up to whole batches.
       length: tokens of a row, prompt included.
+      prompt: the largest share of a row that its prompt takes.
       batch: rows at once.
       greedy: share without noise.
       coldest: least temperature of the others.
@@ -38,6 +39,7 @@ class Answers:
 
     rows: int
     length: int
+    prompt: float
     batch: int
     greedy: float
     coldest: float
@@ -153,9 +155,9 @@ def _request(how: Answers, batch: int, number: int, temperature: np.ndarray) -> 
 def _prompts(tokens: Tokens, how: Answers, end: int) -> Callable:
     """Draws a prompt: where the data have chats, all before an answer; else a piece of text.
 
-    Prompts take at most half of a row, pieces of text at least an eighth.
+    Prompts take at most the share `how.prompt` of a row, pieces of text at least an eighth.
     """
-    longest, shortest = how.length // 2, max(1, how.length // 8)
+    longest, shortest = int(how.length * how.prompt), max(1, how.length // 8)
     ids, trained = tokens.ids, tokens.trained
     starts = np.flatnonzero(trained[1:] & ~trained[:-1]) + 1
     if not len(starts):
@@ -175,8 +177,8 @@ def _prompts(tokens: Tokens, how: Answers, end: int) -> Callable:
     short = np.flatnonzero(starts - begins <= longest)
     if not len(short):
         raise MimoError(
-            f"Every chat has more than {longest} tokens before an answer, half of "
-            f"drafter.own_length={how.length}: make rows longer."
+            f"Every chat has more than {longest} tokens before an answer, a share of "
+            f"drafter.own_prompt={how.prompt} of drafter.own_length={how.length}: make rows longer."
         )
 
     def draw_chat(random: np.random.Generator) -> np.ndarray:

@@ -317,6 +317,7 @@ def _answers(
     how = Answers(
         rows=section.own_rows,
         length=section.own_length,
+        prompt=section.own_prompt,
         batch=section.own_batch,
         greedy=section.greedy,
         coldest=section.coldest,

@@ -28,10 +28,10 @@ from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
 from pallas_kernels.roles import run_roles
 
 _LEAST_RING, _RING_BYTES = 4, 104 * 1024
-"""The ring has these stages, or more that take no more bytes: with fewer under way memory is faster.
+"""Stages of the ring at least, and its bytes at most: with less under way memory is faster.
 
-Measured on H200s, a rank of eight of Pro, 8 tokens: 4, 5 and 7 stages of 26,112 bytes 55.1, 55.9 and
-56.5 us (28 November 2026); 3 and 7 of them 70.6 and 64.9 us in an older loop (27 November).
+On H200s, a rank of eight of Pro, 8 tokens: 4, 5 and 7 stages of 26,112 bytes take 55.1, 55.9 and
+56.5 us on one card, 54.3, 55.7 and 57.2 on another (28 November 2026); 3 took 70.6 the day before.
 """
 _CLAIMS = 32
 """Claims whose numbers are kept: more than can be under way between producer and finisher."""
