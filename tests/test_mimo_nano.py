@@ -46,7 +46,7 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.95, "seed": 11}
     [
         pytest.param({}, 4, 128, id="greedy"),
         pytest.param({}, PROMPTS, 256, id="greedy, long", marks=pytest.mark.slow),
-        pytest.param(SAMPLED, PROMPTS, 256, id="sampled, long", marks=pytest.mark.slow),
+        pytest.param(SAMPLED, 12, 256, id="sampled, long", marks=pytest.mark.slow),
     ],
 )
 def test_drafting_changes_no_token(engine, prompts, sampling, count, length):
@@ -57,5 +57,5 @@ def test_drafting_changes_no_token(engine, prompts, sampling, count, length):
         assert with_drafts.tokens == without.tokens and len(without.tokens) == length
         assert without.stats.acceptance_length == 1.0
     length = np.mean([output.stats.acceptance_length for output in drafted])
-    # On 100 prompts it is 4.0 greedy, 1.7 at temperature 1. Less is a fault of the drafter's input.
-    assert length > (1.4 if sampling else 3.0)
+    # On 100 prompts it is 5.8 greedy, 1.9 at temperature 1. Less is a fault of the drafter's input.
+    assert length > (1.6 if sampling else 4.5)

@@ -38,13 +38,11 @@ class Launch:
     Attributes:
       blocks: thread blocks, one for each SM.
       stages: tiles in shared memory; None: what fits, at most 6.
-      ahead: the next tile's scores are computed while this one's are softened.
       ratio: of `Chunks`: it changes bits.
     """
 
     blocks: int = 132
     stages: int | None = None
-    ahead: bool = True
     ratio: int = 64
 
 
@@ -100,9 +98,8 @@ class Chunked:
     def stages(self) -> int:
         """Tiles in shared memory."""
         held = self.consumers * ROWS * self.h * 2
-        return self.launch.stages or min(
-            6, (_SHARED_BYTES - held) // (TILE * (self.h + self.v) * 2)
-        )
+        fit = (_SHARED_BYTES - held) // (TILE * (self.h + self.v) * 2)
+        return self.launch.stages or min(_MOST_STAGES, fit)
 
     def misfit(self) -> str | None:
         """Why the kernel cannot take these shapes."""
