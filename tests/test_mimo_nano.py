@@ -46,7 +46,7 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.95, "seed": 11}
     [
         pytest.param({}, 4, 128, id="greedy"),
         pytest.param({}, PROMPTS, 256, id="greedy, long", marks=pytest.mark.slow),
-        pytest.param(SAMPLED, 12, 256, id="sampled, long", marks=pytest.mark.slow),
+        pytest.param(SAMPLED, PROMPTS, 256, id="sampled, long", marks=pytest.mark.slow),
     ],
 )
 def test_drafting_changes_no_token(engine, prompts, sampling, count, length):

@@ -110,7 +110,7 @@ class DrafterSection:
     )  # fmt: skip
     own_rows: int = option(256, "answers of its own to generate", low=1)
     own_length: int = option(256, "tokens of each, prompt included", low=16)
-    own_prompt: float = option(0.5, "most of a row that a prompt takes", low=0.2, high=0.9)
+    own_prompt: float = option(0.5, "largest share of a row that a prompt takes", low=0.2, high=0.9)
     own_batch: int = option(128, "answers generated at once", low=1)
     own_from: str = option("", "a run for the same target whose own answers are used again")
     greedy: float = option(0.33, "share of the answers without noise", low=0.0, high=1.0)

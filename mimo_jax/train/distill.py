@@ -177,8 +177,9 @@ def _prompts(tokens: Tokens, how: Answers, end: int) -> Callable:
     short = np.flatnonzero(starts - begins <= longest)
     if not len(short):
         raise MimoError(
-            f"Every chat has more than {longest} tokens before an answer, a share of "
-            f"drafter.own_prompt={how.prompt} of drafter.own_length={how.length}: make rows longer."
+            f"Every chat has more than {longest} tokens before an answer, the share "
+            f"drafter.own_prompt={how.prompt} of drafter.own_length={how.length}: make rows "
+            "longer, or the share larger."
         )
 
     def draw_chat(random: np.random.Generator) -> np.ndarray:

@@ -36,7 +36,7 @@ class Launch:
         choices. A fused launch always does.
       release: how a stage is given back to the copy engine, see `lanes.Lanes.multiply`.
       ahead: the rows of the next slot are loaded during this one's, where registers allow.
-      stages: of the ring; None takes what fits.
+      stages: of the ring; None: `flow.flow_stages` or `default_stages`.
       ctas: thread blocks, one for each SM.
       runs: units of the down matrix that a block takes at a time; None is `flow.run_units`. Fused.
       time_line: also return when each warpgroup began and ended what; fused.

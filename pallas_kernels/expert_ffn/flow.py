@@ -28,10 +28,11 @@ from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
 from pallas_kernels.roles import run_roles
 
 _LEAST_RING, _RING_BYTES = 4, 104 * 1024
-"""Stages of the ring at least, and its bytes at most: with less under way memory is faster.
+"""Stages of the ring at least, and its bytes at most: longer ones were slower.
 
 On H200s, a rank of eight of Pro, 8 tokens: 4, 5 and 7 stages of 26,112 bytes take 55.1, 55.9 and
-56.5 us on one card, 54.3, 55.7 and 57.2 on another (28 November 2026); 3 took 70.6 the day before.
+56.5 us on one card, 54.3, 55.7 and 57.2 on another (28 November 2026); in an older loop 3 and 7
+took 70.6 and 64.9. Why is not known: fewer copies under way in a long ring gave nothing.
 """
 _CLAIMS = 32
 """Claims whose numbers are kept: more than can be under way between producer and finisher."""
