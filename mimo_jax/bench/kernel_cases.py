@@ -13,25 +13,18 @@ ONE, TWO = Launch(), Launch(fused=False)
 LAUNCHES: dict[str, Launch] = {
     "two": TWO,
     "two-list": dataclasses.replace(TWO, own_list=True),
-    "two-used": dataclasses.replace(TWO, release="used"),
-    "two-fence": dataclasses.replace(TWO, release="fence"),
-    "two-none": dataclasses.replace(TWO, release="none"),
     "two-3": dataclasses.replace(TWO, stages=3),
     "two-8": dataclasses.replace(TWO, stages=8),
     "two-wait": dataclasses.replace(TWO, ahead=False),
     "one": ONE,
-    "one-used": dataclasses.replace(ONE, release="used"),
-    "one-fence": dataclasses.replace(ONE, release="fence"),
     "one-3": dataclasses.replace(ONE, stages=3),
     "one-5": dataclasses.replace(ONE, stages=5),
     "one-run-1": dataclasses.replace(ONE, runs=1),
     "one-run-4": dataclasses.replace(ONE, runs=4),
 }
-SUSPECTS = ("two-none",)
-"""Without the wait for a stage's readers: its bits may move, and did on an H200, not on an H100."""
 SOUND = ("two", "one")
 """Checked on every shape; the others where bits once moved first."""
-BEST = ("two", "one", "one-used")
+BEST = ("two", "one")
 
 Job = dict[str, Any]
 
@@ -58,8 +51,6 @@ def checks(names) -> list[Job]:
         some = [n for n in names if n in SOUND and (t <= 16 or n.startswith("two"))]
         if not jobs:
             some += [n for n in names if n not in SOUND]
-        elif t in (11, 70):
-            some += [n for n in names if n in SUSPECTS]
         if some:
             known = dict(shape=shape, t=t, experts=experts, scales=scales)
             jobs.append({"job": "check", **known, "launches": some})

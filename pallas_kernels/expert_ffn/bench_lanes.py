@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import carriers
+from pallas_kernels import carriers, ptx
 from pallas_kernels.expert_ffn.lanes import Lanes, zeros
 
 
@@ -18,9 +18,17 @@ def folded(plan, swiglu, **options):
 class Stream(Lanes):
     """Moves every byte and computes nothing: the ring's own speed. Its results are zeros."""
 
-    def multiply(self, sums, x, part, stage_ref, group, give_back):
+    def load(self, stage_ref, group):
         """Leaves the stage unread."""
-        self.arrive(*give_back)
+
+        @plgpu.inline_mgpu(arg_types=(), return_type=carriers.carried(self._held_words, jnp.int32))
+        def run(_):
+            return carriers.carry_values([ptx.int32(0)] * self._held_words, signed=True)
+
+        return run()
+
+    def multiply(self, sums, x, part, loaded, ahead=None):
+        """Zeros."""
 
         @plgpu.inline_mgpu(arg_types=(), return_type=carriers.carried(4, jnp.float32))
         def run(_):

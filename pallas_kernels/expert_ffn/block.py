@@ -34,7 +34,6 @@ class Launch:
       fused: both passes in one launch (`flow.py`), where they fit one; all `ctas` must be resident.
       own_list: each block lists the slots itself, from the ids; for at most 16 tokens and 128
         choices. A fused launch always does.
-      release: how a stage is given back to the copy engine, see `lanes.Lanes.multiply`.
       ahead: the rows of the next slot are loaded during this one's, where registers allow.
       stages: of the ring; None: `flow.flow_stages` or `default_stages`.
       ctas: thread blocks, one for each SM.
@@ -44,7 +43,6 @@ class Launch:
 
     fused: bool = True
     own_list: bool = False
-    release: str = "loaded"
     ahead: bool = True
     stages: int | None = None
     ctas: int = 132
@@ -66,10 +64,16 @@ class Hooks(typing.Protocol):
     def operands(self, fetched):
         """Returns what was fetched as `multiply` takes it."""
 
-    def multiply(self, sums, x, part, stage_ref, group, give_back):
+    def load(self, stage_ref, group):
+        """Starts to load this warpgroup's share of a stage, as `multiply` takes it."""
+
+    def give_back(self, loaded, place, index):
+        """Arrives for this warpgroup at one of a row of barriers, once the stage is loaded."""
+
+    def multiply(self, sums, x, part, loaded, ahead=None):
         """Returns sums plus a stage's weights times x; sums are None at a unit's first stage.
 
-        Arrives at `give_back`, a row of barriers and an index, if the stage is then free.
+        What is loaded `ahead`, if anything, comes meanwhile.
         """
 
     def arrive(self, place, index):
@@ -197,8 +201,9 @@ class Block:
             for part in range(plan.parts):
                 stage = lax.rem(nth * plan.parts + part, self.stages)
                 plgpu.barrier_wait(refs["full"].at[stage])
-                give_back = refs["empty"], stage
-                sums = hooks.multiply(sums, x, part, refs["ring"].at[stage], group, give_back)
+                loaded = hooks.load(refs["ring"].at[stage], group)
+                hooks.give_back(loaded, refs["empty"], stage)
+                sums = hooks.multiply(sums, x, part, loaded)
             buffer, turn = lax.rem(nth, 2), lax.div(nth, 2)
             pl.when(turn > 0)(lambda: hooks.wait(refs["taken"], buffer, turn - 1))
             hooks.put(sums, refs["sums"].at[buffer, group])

@@ -84,7 +84,9 @@ class Flow:
         """Claims of down whose weights are under way before the first one's hidden rows are.
 
         The stages of so many claims must fit into the ring, or the producer would wait for
-        consumers that wait for the rows.
+        consumers that wait for the rows. If not even one does, its rows follow its first unit: not
+        before it, for consumers wait for the next stage before they multiply the last one, which
+        may be of gate/up.
         """
         return self.stages // (self.run_units * self.down.parts) // 2
 
@@ -148,10 +150,14 @@ class Flow:
 
         def down_claim(carry):
             m, index, claim, ticket, known = carry
-            known = lax.cond(m >= self.lag, lambda: copy_rows(m - self.lag, known), lambda: known)
+            if self.lag:
+                early = m < self.lag
+                known = lax.cond(early, lambda: known, lambda: copy_rows(m - self.lag, known))
             slot, unit = self.down_place(claim, first)
             for nth in range(self.run_units):
                 index = self.copy_unit(refs, 1, slot, unit + nth, index)
+                if nth == 0 and not self.lag:
+                    known = copy_rows(m, known)
             return m + 1, index, *publish(nth0 + m + 1, ticket), known
 
         zero = jnp.int32(0)
@@ -223,47 +229,57 @@ class Flow:
         def wait_full(index):
             plgpu.barrier_wait(refs["full"].at[lax.rem(index, self.stages)])
 
-        def multiply_unit(which, x, index, unit, waited):
-            """All stages of a unit, the first of which may have been waited for."""
-            plan, hooks, sums = (self.up, self.down)[which], self.hooks[which], None
+        def load(which, index):
+            stage = lax.rem(index, self.stages)
+            return self.hooks[which].load(place(refs["ring"], stage, refs["weights"][which]), group)
+
+        def multiply_unit(which, x, index, unit, loaded, nth=None):
+            """All stages of a unit, whose first is loaded; and loads the first of the next.
+
+            While a stage is multiplied the next one is on its way to the registers. Of a claim's
+            last unit it also returns the nth claim, which is then known.
+            """
+            plan, hooks, sums, claim = (self.up, self.down)[which], self.hooks[which], None, None
             for part in range(plan.parts):
-                if part or not waited:
-                    wait_full(index + part)
-                stage = lax.rem(index + part, self.stages)
-                source = place(refs["ring"], stage, refs["weights"][which])
-                sums = hooks.multiply(sums, x, part, source, group, (refs["empty"], stage))
+                hooks.give_back(loaded, refs["empty"], lax.rem(index, self.stages))
+                index = index + 1
+                wait_full(index)
+                if nth is not None and part == plan.parts - 1:
+                    claim = self.claimed(refs, nth)
+                ahead = load(which, index)
+                sums = hooks.multiply(sums, x, part, loaded, ahead)
+                loaded = ahead
             buffer, turn = lax.rem(unit, 2), lax.div(unit, 2)
             self.wait_for_turn(refs["taken"], buffer, turn)
             hooks.put(sums, refs["sums"].at[buffer, group])
             hooks.arrive(refs["put"], buffer)
-            return index + plan.parts
-
-        def next_claim(nth, index):
-            wait_full(index)
-            return self.claimed(refs, nth)
+            return index, loaded, claim
 
         def up_claim(carry):
-            nth, index, unit, _ = carry
-            index = multiply_unit(0, x, index, unit, True)
-            return nth + 1, index, unit + 1, next_claim(nth + 1, index)
+            nth, index, unit, _, loaded = carry
+            index, loaded, claim = multiply_unit(0, x, index, unit, loaded, nth + 1)
+            return nth + 1, index, unit + 1, claim, loaded
 
         def down_claim(carry):
-            nth, index, unit, _, m = carry
+            nth, index, unit, claim, loaded, m = carry
             buffer = lax.rem(m, self.buffers)
             plgpu.barrier_wait(refs["x_full"].at[buffer])
             rows = self.hooks[1].held(refs["rows"].at[buffer], group)
             self.hooks[1].arrive_after(refs["x_empty"], buffer, rows)
             for k in range(self.run_units):
-                index = multiply_unit(1, rows, index, unit + k, k == 0)
+                last = nth + 1 if k == self.run_units - 1 else None
+                index, loaded, claim = multiply_unit(1, rows, index, unit + k, loaded, last)
             unit = unit + self.run_units
-            return nth + 1, index, unit, next_claim(nth + 1, index), m + 1
+            return nth + 1, index, unit, claim, loaded, m + 1
 
         zero = jnp.int32(0)
-        carry = zero, zero, zero, next_claim(zero, zero)
+        wait_full(zero)
+        carry = zero, zero, zero, self.claimed(refs, zero), load(0, zero)
         self.stamp(refs, 0)
         carry = lax.while_loop(lambda c: c[3] < first, up_claim, carry)
         self.stamp(refs, 1)
-        carry = lax.while_loop(lambda c: c[3] < end, down_claim, (*carry, zero))
+        carry = (*carry[:4], load(1, carry[1]), zero)
+        carry = lax.while_loop(lambda c: c[3] < end, down_claim, carry)
         self.stamp(refs, 2)
         # The finisher learns that there is no other unit.
         buffer, turn = lax.rem(carry[2], 2), lax.div(carry[2], 2)

@@ -47,13 +47,19 @@ class Interpreted:
         """The same."""
         return fetched
 
-    def multiply(self, sums, x, part, stage_ref, group, give_back):
-        """Adds one stage's product to sums [4, 16, 8]."""
+    def load(self, stage_ref, group):
+        """[4, 16, columns] float32."""
         codes, scales = unpack_stages(stage_ref[...].reshape(1, -1), self.plan)
-        weights = lax.dynamic_slice_in_dim(decode(codes, scales)[0], 4 * group, 4)
+        return lax.dynamic_slice_in_dim(decode(codes, scales)[0], 4 * group, 4)
+
+    def give_back(self, loaded, place, index):
+        """This warpgroup's arrival."""
+        self.arrive(place, index)
+
+    def multiply(self, sums, x, part, loaded, ahead=None):
+        """Adds one stage's product to sums [4, 16, 8]."""
         width = self.plan.part_columns
-        product = jnp.einsum("prk,pnk->prn", weights, x[:, :, part * width : (part + 1) * width])
-        self.arrive(*give_back)
+        product = jnp.einsum("prk,pnk->prn", loaded, x[:, :, part * width : (part + 1) * width])
         return product if sums is None else sums + product
 
     @staticmethod

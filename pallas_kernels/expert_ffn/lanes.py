@@ -5,6 +5,7 @@ between the hooks are `carriers`, each thread's registers in vectors of four.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -20,11 +21,6 @@ from pallas_kernels.expert_ffn.layout import Plan
 # written raised.
 _REST = 2.0**62
 _FOLDED_REST = 2.0**-2
-# Bits that no sum has: arithmetic makes one NaN only, 0x7FFFFFFF.
-_NEVER = 0x7FEDCBA9
-RELEASES = ("loaded", "used", "fence", "none")
-"""Ways to give a stage back to the copy engine, see `Lanes.multiply`."""
-
 _DECODE = """
 and.b32 a0, {w}, 0x81C081C0;
 shl.b32 t, {w}, 3;
@@ -76,10 +72,8 @@ setp.lt.u32 p, $2, $3;
 @p mbarrier.init.shared::cta.b64 [$0], $1;
 bar.sync 0;
 }"""
-_TRAP_IF_NEVER = (
-    "{\n.reg .pred p;\n.reg .b32 a, b;\nmov.b32 a, $0;\nmov.b32 b, $1;\n"
-    "setp.eq.b32 p, a, $2;\nsetp.eq.or.b32 p, b, $2, p;\n@p trap;\n}"
-)
+# The grid is one-dimensional, so that %ctaid.z is zero, which the compiler does not know.
+_ZERO = "{ .reg .b32 zero; mov.u32 zero, %ctaid.z; and.b32 $0, zero, $1; }"
 _LOAD_ROW = (
     "{\n.reg .pred p;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\nmov.b32 $2, 0;\nmov.b32 $3, 0;\n"
     "setp.ge.s32 p, $5, 0;\n@p ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];\n}"
@@ -93,7 +87,6 @@ class Lanes:
     plan: Plan
     swiglu: bool
     fold: bool = False
-    release: str = "loaded"
     blocked: bool = False
 
     def fetch(self, x_ref, row_ref, slot, group):
@@ -172,67 +165,92 @@ class Lanes:
 
         return run(fetched)
 
-    def multiply(self, sums, x, part, stage_ref, group, give_back):
-        """Decodes a stage's codes and multiplies: sums + weights x, 16 rows by 8 tokens a warp.
+    @property
+    def _blocks(self) -> int:
+        """Scale blocks of a stage that a lane multiplies."""
+        return self.plan.part_columns // 32
 
-        The stage goes back (`give_back`, a row of barriers and an index) as `release` says:
+    @property
+    def _held_words(self) -> int:
+        """Words of a stage that a lane holds: codes, then scales."""
+        return 2 * self._blocks + self._blocks // 2
 
-        "loaded": when all its words are in registers, on which the arrival's address depends.
-        "used": when the sums are known, which depend on every word. "fence": likewise, after a
-        fence between ordinary reads of shared memory and the copy engine's writes. An arrival
-        alone waits for no load under way: with "none" a stage was seen to be written over while it
-        was read (H200, November 2026).
-        """
-        plan, first = self.plan, sums is None
-        per_thread = plan.slice_columns // 8
-        blocks = plan.part_columns // 32
+    def load(self, stage_ref, group):
+        """Starts to load this warp's codes and scales of a stage."""
+        blocks, count = self._blocks, self._held_words
 
-        early = self.release == "loaded"
-        (place, first_place), stage_index = give_back
-
-        def run(_, x, stage, group, told, index, *sums):
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+            return_type=carriers.carried(count, jnp.int32),
+        )
+        def run(_, stage, group):
             warp, lane = ptx.warp_and_lane()
             warp = ptx.add(warp, ptx.mul(ptx.scalar(group), 4))
             base = ptx.address(stage, 0, 4)
             codes = ptx.offset(base, ptx.add(ptx.mul(warp, blocks * 256), ptx.mul(lane, 16)))
             scale_at = ptx.add(ptx.mul(warp, 16 * blocks), ptx.mul(ptx.shr(lane, 2), 2 * blocks))
-            scales = ptx.offset(base, ptx.add(scale_at, 4 * plan.code_words))
-            scales = _load_words(scales, blocks // 2)
-            total = [ptx.float32(0.0)] * 4 if first else ptx.split(sums[0].registers.flat[0])
-            registers = carriers.values(x)[part * blocks * 4 :]
-            loads = [
-                ptx.load_values(codes, 512 * pair, 4, ptx.i32()) for pair in range(blocks // 2)
-            ]
-            if early:
-                known = [words[0] for words in loads] + scales[:: _in_a_load(scales)]
-                barriers.arrive_knowing(told, index, known)
-            for pair, words in enumerate(loads):
-                for block in (2 * pair, 2 * pair + 1):
-                    scale = _pair_scale if self.fold else _scale
-                    factors = [scale(scales, block + half * blocks) for half in (0, 1)]
-                    two = words[2 * (block % 2) : 2 * (block % 2) + 2]
-                    x_block = registers[4 * block : 4 * block + 4]
-                    total = _multiply_block(total, two, x_block, factors, self.fold)
-            if not early:
-                self._free(total)
-                barriers.arrive_knowing(told, index, [])
+            scales = ptx.offset(base, ptx.add(scale_at, 4 * self.plan.code_words))
+            words = []
+            for pair in range(blocks // 2):
+                words += ptx.load_values(codes, 512 * pair, 4, ptx.i32())
+            return carriers.carry_values(words + _load_words(scales, blocks // 2), signed=True)
+
+        return run(stage_ref, group)
+
+    def give_back(self, loaded, place, index):
+        """The stage that was loaded goes back to the copy engine, once it is in registers.
+
+        The arrival's address depends on its words. An arrival alone waits for no load under way: a
+        stage was seen to be written over while it was read (H200, November 2026).
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                carriers.carrier(self._held_words),
+                plgpu.RefType(),
+                plgpu.Layout.WG_SPLAT,
+            )
+        )
+        def run(_, loaded, told, index):
+            barriers.arrive_knowing(told, index, self._of_each_load(carriers.values(loaded)))
+
+        run(loaded, place[0], place[1] + index)
+
+    def _of_each_load(self, words):
+        """A word of each load of a stage."""
+        codes, scales = words[: 2 * self._blocks], words[2 * self._blocks :]
+        return codes[::4] + scales[:: _in_a_load(scales)]
+
+    def multiply(self, sums, x, part, loaded, ahead=None):
+        """Decodes a stage's codes and multiplies: sums + weights x, 16 rows by 8 tokens a warp.
+
+        After five eighths of it what is loaded `ahead`, the next stage, must be there: or the
+        compiler, short of registers, would move these loads to the end, where nothing hides them
+        (earlier they cost spills).
+        """
+        per_thread = self.plan.slice_columns // 8
+        more = {"sums": (4, sums), "ahead": (self._held_words, ahead)}
+        more = {name: given for name, given in more.items() if given[1] is not None}
+
+        def run(_, x, loaded, *rest):
+            rest = dict(zip(more, map(carriers.values, rest), strict=True))
+            x, words = carriers.values(x)[part * self._blocks * 4 :], carriers.values(loaded)
+            total = rest.get("sums", [ptx.float32(0.0)] * 4)
+            zero = _zero_knowing(self._of_each_load(rest["ahead"])) if "ahead" in rest else None
+            scale, scales = _pair_scale if self.fold else _scale, words[2 * self._blocks :]
+            for block in range(self._blocks):
+                codes = words[2 * block : 2 * block + 2]
+                if zero is not None and 8 * block >= 5 * self._blocks:
+                    codes = [arith.ori(codes[0], zero), codes[1]]
+                factors = [scale(scales, block + half * self._blocks) for half in (0, 1)]
+                x_block = x[4 * block : 4 * block + 4]
+                total = _multiply_block(total, codes, x_block, factors, self.fold)
             return carriers.carry([ptx.join(total)], 4)
 
-        types = [carriers.carrier(per_thread), plgpu.RefType(), plgpu.Layout.WG_SPLAT]
-        types = [*types, plgpu.RefType(), plgpu.Layout.WG_SPLAT]
-        arguments = [x, stage_ref, group, place, first_place + stage_index]
-        if not first:
-            types, arguments = [*types, carriers.carrier(4)], [*arguments, sums]
-        out = carriers.carried(4, jnp.float32)
-        return plgpu.inline_mgpu(arg_types=tuple(types), return_type=out)(run)(*arguments)
-
-    def _free(self, total):
-        """Waits for this thread's reads of a stage."""
-        if self.release == "fence":
-            ptx.asm(None, [], "fence.proxy.async.shared::cta;", "", effects=True)
-        elif self.release == "used":
-            # Of rows g and g + 8: each has scales of its own.
-            ptx.asm(None, [*total[::2], ptx.int32(_NEVER)], _TRAP_IF_NEVER, "f,f,r", effects=True)
+        types = [carriers.carrier(n) for n in (per_thread, self._held_words)]
+        types += [carriers.carrier(n) for n, _ in more.values()]
+        out, arrays = carriers.carried(4, jnp.float32), [array for _, array in more.values()]
+        return plgpu.inline_mgpu(arg_types=tuple(types), return_type=out)(run)(x, loaded, *arrays)
 
     told_types = staticmethod(barriers.types)
     arrive = staticmethod(barriers.arrive)
@@ -371,6 +389,11 @@ def _multiply_block(total, words, x, factors, fold):
     block, kind = (_FOLDED_BLOCK, "r") if fold else (_BLOCK, "f")
     constraints = f"=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r,r,r,{kind},{kind}"
     return ptx.results(4, ptx.f32(), [*total, *words, *x, *factors], block, constraints)
+
+
+def _zero_knowing(words):
+    """Zero, once the words are there."""
+    return ptx.asm(ptx.i32(), [functools.reduce(arith.ori, words)], _ZERO, "=r,r")
 
 
 def _scale(words, index):

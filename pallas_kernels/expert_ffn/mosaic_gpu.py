@@ -140,7 +140,7 @@ def _hooks(hooks, launch, interpret, t, c, experts, **options):
         from pallas_kernels.expert_ffn.grid import Grid
         from pallas_kernels.expert_ffn.lanes import Lanes
 
-        make = functools.partial(hooks or Lanes, release=launch.release, **options)
+        make = functools.partial(hooks or Lanes, **options)
     else:
         from pallas_kernels.expert_ffn.interpreted import Grid, Interpreted
 

@@ -105,16 +105,6 @@ def one_nano(mesh) -> Case:
     return launched("nano", 8, ONE)
 
 
-def used(mesh) -> Case:
-    """Stages given back when their sums are known."""
-    return launched("pro-tp8", 8, dataclasses.replace(TWO, release="used"))
-
-
-def fence(mesh) -> Case:
-    """Stages given back after a fence."""
-    return launched("pro-tp8", 8, dataclasses.replace(TWO, release="fence"))
-
-
 @dataclasses.dataclass(frozen=True)
 class Counted(Lanes):
     """The kernel's hooks, counting how often a kernel body is traced."""

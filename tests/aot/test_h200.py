@@ -40,12 +40,6 @@ def test_one_launch_is_all_there_is(case):
     assert [*sum(found.graphs, []), *found.outside] == ["kCustomCall"]
 
 
-@pytest.mark.parametrize(("case", "fences"), [("used", 0), ("fence", 1)])
-def test_only_one_way_to_give_a_stage_back_has_fences(case, fences):
-    for kernel in report(case).kernels:
-        assert (kernel.proxy_fences > 0) == bool(fences)
-
-
 def test_one_launch_a_layer_in_a_loop_is_one_graph_of_one_compile():
     found = report("layers_in_one_launch_each")
     assert found.launches == LAYERS and found.lowered == 1

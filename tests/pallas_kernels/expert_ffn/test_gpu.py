@@ -25,10 +25,8 @@ EXPERTS = 40
 kernel = jax.jit(functools.partial(expert_ffn, implementation="mosaic_gpu"))
 WAYS = {
     "two": dict(fused=False),
-    "two-used": dict(fused=False, release="used"),
     "two-list": dict(fused=False, own_list=True),
     "one": {},
-    "one-used": dict(release="used"),
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
