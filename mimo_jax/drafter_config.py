@@ -116,6 +116,12 @@ class DrafterConfig:
         """Shapes of each layer's attention; windows and sinks may differ, and are the first's."""
         return self.attention_of(0)
 
+    @property
+    def reach(self) -> int | None:
+        """Tokens back that its layers see at most; None: all."""
+        windows = [self.attention_of(layer).window for layer in range(self.num_hidden_layers)]
+        return None if None in windows else max(windows)
+
     def attention_of(self, layer: int) -> AttentionConfig:
         """Shapes of one layer's attention."""
         full = self.layer_types and self.layer_types[layer] == FULL_LAYER
@@ -207,6 +213,11 @@ class MTPConfig:
         most = window // 2
         allowed = f"at most {most}, half the target's window of {window}"
         require(layers <= most, "MTP num_hidden_layers", layers, allowed)
+
+    @property
+    def reach(self) -> int:
+        """Tokens back that its layers see."""
+        return self.target.window
 
     @property
     def block_size(self) -> int:

@@ -6,6 +6,8 @@ import numpy as np
 
 REPEATED = 16
 """Tokens of a span that counts as repeated when it has been there before."""
+_BEFORE, _AFTER = 4, 3
+"""Tokens before a round, and of it, that are the same elsewhere if it copies."""
 
 
 def repeated_tokens(tokens: Sequence[int], prompt: int, span: int = REPEATED) -> np.ndarray:
@@ -46,6 +48,39 @@ def acceptance(rounds: Sequence[Sequence[int]], keep: Sequence[np.ndarray] | Non
         kept += mask.sum()
         spent += (1 / counts[mask]).sum()
     return kept / spent if spent else float("nan")
+
+
+def rounds_by_source(
+    tokens: Sequence[int], prompt: int, rounds: Sequence[int], reach: int | None
+) -> dict[str, list[int]]:
+    """Tokens of each round, by where the text that it continues stood before.
+
+    A round copies if the four tokens before it and its first three occurred together earlier.
+
+    Args:
+      tokens: prompt and answer.
+      prompt: tokens of the prompt.
+      rounds: the round that emitted each token of the answer.
+      reach: how many tokens back the drafter sees; None: all.
+
+    Returns:
+      "near": of rounds that copy from within reach, the four tokens included; "far": of those that
+      copy from beyond it alone; "new": of all others.
+    """
+    spans: dict[tuple[int, ...], int] = {}
+    found: dict[str, list[int]] = {"near": [], "far": [], "new": []}
+    indexed = 0
+    starts = [i for i, number in enumerate(rounds) if i == 0 or rounds[i - 1] != number]
+    for start, stop in zip(starts, [*starts[1:], len(rounds)], strict=True):
+        place = prompt + start
+        # Spans whose last token stands before the round.
+        for end in range(max(indexed, _BEFORE + _AFTER), place + 1):
+            spans[tuple(tokens[end - _BEFORE - _AFTER : end])] = end - _AFTER
+        indexed = place + 1
+        there = spans.get(tuple(tokens[max(0, place - _BEFORE) : place + _AFTER]))
+        far = there is not None and reach is not None and place - there + _BEFORE > reach
+        found["new" if there is None else "far" if far else "near"].append(stop - start)
+    return found
 
 
 def prompt_lookup_rounds(

@@ -41,7 +41,7 @@ ARMS = {
     "near": ["drafter.far=0.0"],
 }
 """Arms by name: what each sets beside the recipe."""
-DEFAULT = ("recipe", "adamw", "data", "own", "flat")
+DEFAULT = ("recipe", "adamw", "data", "own", "both", "decay", "flat")
 PROBE = "probe"
 PROBED = 60
 """Steps of the first run."""
@@ -60,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, metavar="DIR", help="the arms' runs and results")
     parser.add_argument("--target", metavar="DIR", help="a checkpoint's or a run's folder")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file of settings")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(DEFAULT))
+    parser.add_argument(
+        "--arms", nargs="+", choices=tuple(ARMS),
+        help=f"default: of {', '.join(DEFAULT)} those that are not the recipe itself",
+    )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="of training, for each arm (default 60)"
     )
@@ -106,7 +109,7 @@ def run_arms(options: argparse.Namespace) -> None:
         _probe(base)
         own = base.run.out
     spent = [0.0]
-    for name in options.arms:
+    for name in options.arms or default_arms(base):
         done = options.runs / f"{name}.json"
         if done.exists():
             continue
@@ -122,6 +125,18 @@ def run_arms(options: argparse.Namespace) -> None:
         record = run_arm(name, config, options)
         write_atomically(done, (json.dumps(record, indent=1) + "\n").encode())
         spent.append(time.monotonic() - begin)
+
+
+def default_arms(base: TrainConfig) -> list[str]:
+    """The recipe, and what differs from it."""
+    fields = to_dict(base)
+
+    def changes(setting: str) -> bool:
+        name, wanted = setting.split("=")
+        section, field = name.split(".")
+        return str(fields[section][field]) != wanted
+
+    return [name for name in DEFAULT if not ARMS[name] or any(map(changes, ARMS[name]))]
 
 
 def configuration(recipe: Path, overrides: Sequence[str], target: str, out: Path) -> TrainConfig:

@@ -10,7 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mimo_jax.bench.acceptance import acceptance, prompt_lookup_rounds, repeated_tokens
+from mimo_jax.bench.acceptance import (
+    acceptance,
+    prompt_lookup_rounds,
+    repeated_tokens,
+    rounds_by_source,
+)
 from mimo_jax.checkpoint import store
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mimo import MiMo
@@ -116,21 +121,24 @@ def read_prompts(files: Sequence[str], count: int) -> list[dict[str, str]]:
 
 
 def cut_prompts(
-    files: Sequence[str], tokenizer: Tokenizer, context: int, count: int
-) -> list[list[int]]:
-    """Pieces of text of exactly `context` tokens, evenly spread over the files.
+    files: Sequence[str], tokenizer: Tokenizer, contexts: Sequence[int], count: int
+) -> dict[int, list[list[int]]]:
+    """For each context of c tokens, the c tokens before each of some places in the text.
+
+    The places are evenly spread and the same for all contexts, so that these differ in nothing but
+    how much of the text is known.
 
     Raises:
-      MimoError: if the files have not so many tokens.
+      MimoError: if the files have not as many tokens as the longest.
     """
-    ids = tokenise(find_files(files), tokenizer).ids
-    if len(ids) < context:
+    ids, longest = tokenise(find_files(files), tokenizer).ids, max(contexts)
+    if len(ids) < longest:
         raise MimoError(
-            f"The text has {len(ids)} tokens, a context of {context} is asked for: use more text "
+            f"The text has {len(ids)} tokens, a context of {longest} is asked for: use more text "
             "or a smaller one."
         )
-    starts = np.unique(np.linspace(0, len(ids) - context, count).astype(np.int64))
-    return [ids[start : start + context].tolist() for start in starts]
+    places = np.unique(np.linspace(longest, len(ids), count).astype(np.int64))
+    return {c: [ids[place - c : place].tolist() for place in places] for c in contexts}
 
 
 def answer_all(
@@ -149,19 +157,24 @@ def answer_all(
     return done
 
 
-def measure(prompts: Sequence[Sequence[int]], outputs: Sequence[Any], block: int) -> dict[str, Any]:
+def measure(
+    prompts: Sequence[Sequence[int]], outputs: Sequence[Any], block: int, reach: int | None
+) -> dict[str, Any]:
     """Acceptance over several answers.
 
     Args:
       prompts: token ids.
       outputs: of `Engine.generate`.
       block: of the drafter.
+      reach: tokens back that it sees; None: all.
 
     Returns:
       `acceptance_length`, tokens of a round, 1 to block, also `without_repeats`: without tokens
       inside 16-grams that were there before; the same of a `prompt_lookup` drafter that would have
       had these answers to draft; the `histogram` of rounds by the tokens that they emitted, from 0
-      on; `by_position`: the share of rounds that accepted draft 1, 2, ...
+      on; `by_position`: the share of rounds that accepted draft 1, 2, ...; `by_source`: share and
+      acceptance length of rounds that copy from "near", from "far" beyond the drafter's reach, or
+      nothing ("new").
     """
     texts = [(len(p), [*p, *o.tokens]) for p, o in zip(prompts, outputs, strict=True)]
     fresh = [~repeated_tokens(tokens, prompt) for prompt, tokens in texts]
@@ -169,6 +182,10 @@ def measure(prompts: Sequence[Sequence[int]], outputs: Sequence[Any], block: int
     lookup = [prompt_lookup_rounds(tokens, prompt, block) for prompt, tokens in texts]
     histogram = np.sum([output.stats.acceptance_histogram for output in outputs], axis=0)
     emitted_more = histogram[::-1].cumsum()[::-1]
+    sources: dict[str, list[int]] = {}
+    for (prompt, tokens), numbers in zip(texts, rounds, strict=True):
+        for name, lengths in rounds_by_source(tokens, prompt, numbers, reach).items():
+            sources.setdefault(name, []).extend(lengths)
     return {
         "answers": len(outputs),
         "tokens": sum(len(output.tokens) for output in outputs),
@@ -180,6 +197,13 @@ def measure(prompts: Sequence[Sequence[int]], outputs: Sequence[Any], block: int
         "repeated_share": 1 - sum(f.sum() for f in fresh) / max(1, sum(map(len, fresh))),
         "histogram": histogram.tolist(),
         "by_position": (emitted_more[2:] / max(1, emitted_more[0])).tolist(),
+        "by_source": {
+            name: {
+                "share": len(lengths) / max(1, sum(map(len, sources.values()))),
+                "acceptance_length": sum(lengths) / len(lengths) if lengths else None,
+            }
+            for name, lengths in sources.items()
+        },
     }
 
 
@@ -206,16 +230,17 @@ def acceptance_report(
     """
     report: dict[str, Any] = {"by_temperature": {}, "by_domain": {}, "by_context": {}}
     ids = [engine.tokenizer.encode(prompt["text"]) for prompt in prompts]
+    drafts = engine.block, engine.drafter.reach
     for number, temperature in enumerate(temperatures if ids else ()):
         outputs = answer_all(engine, ids, max_tokens, temperature)
-        report["by_temperature"][f"{temperature:g}"] = measure(ids, outputs, engine.block)
+        report["by_temperature"][f"{temperature:g}"] = measure(ids, outputs, *drafts)
         for domain in dict.fromkeys(p["domain"] for p in prompts) if number == 0 else ():
             here = [index for index, prompt in enumerate(prompts) if prompt["domain"] == domain]
             report["by_domain"][domain] = measure(
-                [ids[i] for i in here], [outputs[i] for i in here], engine.block
+                [ids[i] for i in here], [outputs[i] for i in here], *drafts
             )
-    for context in contexts if texts else ():
-        cut = cut_prompts(texts, engine.tokenizer, context, count)
-        outputs = answer_all(engine, cut, max_tokens, temperatures[0])
-        report["by_context"][str(context)] = measure(cut, outputs, engine.block)
+    cut = cut_prompts(texts, engine.tokenizer, contexts, count) if texts and contexts else {}
+    for context, pieces in cut.items():
+        outputs = answer_all(engine, pieces, max_tokens, temperatures[0])
+        report["by_context"][str(context)] = measure(pieces, outputs, *drafts)
     return report

@@ -26,6 +26,9 @@ COLUMNS = (
     ("prompt_lookup_without_repeats", "likewise"),
 )
 
+SOURCES = ("near", "far", "new")
+"""Rounds that copy what the drafter sees, what lies beyond it, and nothing."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `mimo eval`."""
@@ -139,3 +142,12 @@ def _print_tables(result: dict[str, Any]) -> None:
                 ("", *map(str, range(1, slots + 1))),
                 shares,
             )
+            sources = [(key, *_source_cells(group["by_source"])) for key, group in groups.items()]
+            titles = ("", *(f"{kind}, {what}" for kind in SOURCES for what in ("share", "tokens")))
+            print_table(f"Rounds by where they copy from, {words}", titles, sources)
+
+
+def _source_cells(sources: dict[str, dict[str, Any]]) -> list[Any]:
+    """Share and acceptance length of each kind of round, in order."""
+    cells = [cell for kind in SOURCES for cell in sources[kind].values()]
+    return ["" if cell is None else cell for cell in cells]

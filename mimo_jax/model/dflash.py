@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int32
 from mimo_jax.cache import LayerCache, init_cache, last_rows
 from mimo_jax.config import AttentionConfig
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.errors import MimoError
 from mimo_jax.model.attention import attend
 from mimo_jax.model.layers import (
     INIT_SCALE,
@@ -84,10 +83,12 @@ class DraftAttention(nnx.Module):
         visible,
         parallel: Parallel,
         decoding: bool = False,
+        blocks: int = 1,
     ):
         """h and what norm(h) [b, t, d] finds in `visible` [b, t, s] context and the whole block.
 
-        If it is `decoding`, against a ring, there are kernels for it in programs for a GPU.
+        The t rows may be several blocks of the same context, which do not see each other. If it is
+        `decoding`, against a ring, there are kernels for it in programs for a GPU.
         """
         product = partial(few_token_linear, norm=norm) if decoding else linear
         x = h if decoding else norm(h)
@@ -99,8 +100,7 @@ class DraftAttention(nnx.Module):
         def elsewhere(q, k, v, keys, values, start, sink):
             keys = jnp.concatenate([keys, k.transpose(0, 2, 1, 3)], axis=2)
             values = jnp.concatenate([values, v.transpose(0, 2, 1, 3)], axis=2)
-            own = jnp.ones((*visible.shape[:2], t), bool)
-            own = jnp.tril(own) if self.causal else own
+            own = jnp.broadcast_to(_own(t, blocks, self.causal), (*visible.shape[:2], t))
             return attend(q, keys, values, jnp.concatenate([visible, own], axis=2), sink)
 
         arguments = q, k, v, context.keys, context.values, positions[:, 0]
@@ -128,11 +128,18 @@ class DraftBlock(nnx.Module):
         self.mlp = DenseMLP(d, config.intermediate_size, dtype, rngs)
 
     def __call__(
-        self, h, positions, context: LayerCache, visible, parallel: Parallel, decoding: bool = False
+        self,
+        h,
+        positions,
+        context: LayerCache,
+        visible,
+        parallel: Parallel,
+        decoding: bool = False,
+        blocks: int = 1,
     ):
         """The residual stream after attention and MLP."""
         rows = positions, context, visible
-        h = self.attention(h, self.input_norm, *rows, parallel, decoding)
+        h = self.attention(h, self.input_norm, *rows, parallel, decoding, blocks)
         if decoding:
             return self.mlp.decode(h, self.post_norm, parallel)
         return h + self.mlp(self.post_norm(h), parallel)
@@ -162,22 +169,6 @@ class Drafter(nnx.Module):
         )
         self.norm = RMSNorm(d, config.rms_norm_eps, dtype, rngs)
         self.mask_embedding = param(rngs, (d,), (None,), dtype, init)
-
-    @property
-    def window(self) -> int:
-        """The window of all layers, for training, which knows no others.
-
-        Raises:
-          MimoError: if a layer is of another kind.
-        """
-        attentions = [layer.attention for layer in self.layers]
-        window = attentions[0].config.window
-        if window is None or any(a.causal or a.config.window != window for a in attentions):
-            raise MimoError(
-                "A drafter with full attention or a causal block cannot be trained here: give all "
-                "of its layers a sliding_window, and none in causal_layers."
-            )
-        return window
 
     @staticmethod
     def init_contexts(
@@ -299,16 +290,28 @@ class Drafter(nnx.Module):
         for layer, context, at in zip(self.layers, contexts, rows, strict=True):
             kind = id(at), layer.attention.config.window
             if kind not in masks:
-                masks[kind] = _visible(at, start, positions, kind[1])
+                masks[kind] = seen_rows(at, start, positions, kind[1])
             h = layer(h, positions, context, masks[kind], parallel, decoding)
         return self.norm(h)
 
 
-def _visible(places, start, positions, window: int | None) -> Bool[Array, "b t s"]:
-    """Which rows of the context each row of the block sees."""
+def seen_rows(
+    places: Int32[Array, "b s"],
+    start: Int32[Array, "b"],
+    positions: Int32[Array, "b t"],
+    window: int | None,
+) -> Bool[Array, "b t s"]:
+    """Which rows of the context, at `places`, each row of a block from `start` on sees."""
     written = places[:, None, :] >= 0
     if window is None:
         seen = jnp.broadcast_to(written, (*positions.shape, places.shape[1]))
     else:
         seen = (places[:, None, :] > positions[:, :, None] - window) & written
     return seen & (places < start[:, None])[:, None, :]
+
+
+def _own(t: int, blocks: int, causal: bool) -> Bool[Array, "t t"]:
+    """Which of t rows each of them sees: its own block's, or those of them up to itself."""
+    row = jnp.arange(t)
+    same = row[:, None] // (t // blocks) == row // (t // blocks)
+    return same & (row[:, None] >= row) if causal else same

@@ -16,10 +16,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.cache import LayerCache
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.model.dflash import Drafter
+from mimo_jax.model.dflash import DraftBlock, Drafter, seen_rows
 from mimo_jax.model.mimo import MiMo, head_logits, tap
 from mimo_jax.sharding import Parallel
 from mimo_jax.train.pretrain import TrainState, accumulate, cross_entropy, in_chunks, run_sequences
+
+_ANCHORS_AT_ONCE = 32
+"""Of a row, whose scores against all of it exist at once in a layer of full attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +87,12 @@ def draw_anchors(
 
 
 def place_anchors(
-    key: Array, trained: Bool[Array, "b t"], recipe: DraftRecipe, block: int, window: int
+    key: Array, trained: Bool[Array, "b t"], recipe: DraftRecipe, block: int, window: int | None
 ) -> tuple[Int32[Array, "b a"], Bool[Array, "b a"]]:
     """A step's anchors: `recipe.far` of them beyond four windows, if rows reach so far."""
     t = trained.shape[1]
     total = max(1, recipe.anchors * t // 1024)
-    beyond = 4 * window
+    beyond = 4 * window if window else t
     far = round(recipe.far * total) if beyond < t - block else 0
     first, second = jax.random.split(key)
     parts = [draw_anchors(first, trained, total - far, block)] if total > far else []
@@ -108,34 +111,64 @@ def draft_hidden(
     anchors: Int32[Array, "b a"],
     block: int,
 ) -> Float[Array, "b a block d"]:
-    """The drafter's rows for a block at each anchor, as decoding would compute them.
+    """The drafter's rows for a block at each anchor, as decoding would compute them."""
+    length = features.shape[1]
+    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), anchors.shape[:1] + (length,))
+    anchor = embedding[jnp.take_along_axis(tokens, anchors, axis=1)]
+    h = drafter.block(anchor.reshape(-1, anchor.shape[-1]), block)
+    h = h.reshape(*anchors.shape, block, -1)
+    contexts = drafter.context(features, places, Parallel())
+    for layer, (keys, values) in zip(drafter.layers, contexts, strict=True):
+        sees = _see_windows if layer.attention.config.window else _see_all
+        h = sees(layer, h, anchors, keys, values)
+    return drafter.norm(h)
 
-    Each anchor becomes a sequence of its own that sees the window of context before it.
-    """
-    b, count = anchors.shape
-    length, window = tokens.shape[1], drafter.window
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+
+def _see_windows(
+    layer: DraftBlock,
+    h: Float[Array, "b a block d"],
+    anchors: Int32[Array, "b a"],
+    keys: Float[Array, "b t k h"],
+    values: Float[Array, "b t k v"],
+) -> Float[Array, "b a block d"]:
+    """A layer with a window: each anchor is a sequence of its own, with the window before it."""
+    window, length = layer.attention.config.window, keys.shape[1]
     places = anchors[..., None] - window + jnp.arange(window, dtype=jnp.int32)
-    rows = jnp.clip(places, 0, length - 1)
-    sequence = jnp.arange(b)[:, None, None]
+    rows, sequence = jnp.clip(places, 0, length - 1), jnp.arange(anchors.shape[0])[:, None, None]
 
     def windows(x: Float[Array, "b t k h"]) -> Float[Array, "ba k s h"]:
         # Many windows see a row: backwards their gradients are added up, and that in float32.
         gathered = x.astype(jnp.float32)[sequence, rows].astype(x.dtype)
-        return gathered.reshape(b * count, window, *x.shape[2:]).transpose(0, 2, 1, 3)
+        return gathered.reshape(-1, window, *x.shape[2:]).transpose(0, 2, 1, 3)
 
-    contexts = tuple(
-        LayerCache(windows(k), windows(v))
-        for k, v in drafter.context(features, positions, Parallel())
-    )
-    anchor = embedding[jnp.take_along_axis(tokens, anchors, axis=1)].reshape(b * count, -1)
-    hidden = drafter(
-        drafter.block(anchor, block),
-        anchors.reshape(-1),
-        contexts,
-        places.reshape(b * count, window),
-    )
-    return hidden.reshape(b, count, block, -1)
+    start, places = anchors.reshape(-1), places.reshape(-1, window)
+    positions = start[:, None] + jnp.arange(h.shape[2], dtype=jnp.int32)
+    visible = seen_rows(places, start, positions, window)
+    context = LayerCache(windows(keys), windows(values))
+    flat = h.reshape(-1, *h.shape[2:])
+    return layer(flat, positions, context, visible, Parallel()).reshape(h.shape)
+
+
+def _see_all(
+    layer: DraftBlock,
+    h: Float[Array, "b a block d"],
+    anchors: Int32[Array, "b a"],
+    keys: Float[Array, "b t k h"],
+    values: Float[Array, "b t k v"],
+) -> Float[Array, "b a block d"]:
+    """A layer of full attention: anchors of a row share its keys and values, some at a time."""
+    context = LayerCache(keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
+    places = jnp.arange(keys.shape[1], dtype=jnp.int32)
+
+    def some(h, anchors):
+        positions = anchors[..., None] + jnp.arange(h.shape[2], dtype=jnp.int32)
+        positions = positions.reshape(h.shape[0], -1)
+        visible = jnp.repeat(places < anchors[..., None], h.shape[2], axis=1)
+        flat = h.reshape(*positions.shape, -1)
+        out = layer(flat, positions, context, visible, Parallel(), blocks=h.shape[1])
+        return out.reshape(h.shape)
+
+    return in_chunks(some, _ANCHORS_AT_ONCE, h, anchors)
 
 
 def slot_weights(

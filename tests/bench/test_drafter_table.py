@@ -21,6 +21,15 @@ def test_nothing_to_read(tmp_path, capsys):
     assert "--target is given without --recipe or --prompts" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("weighting", ["decay", "flat", "dpace"])
+def test_an_arm_that_is_the_recipe_itself_is_left_out(weighting, tmp_path, rng):
+    data = write_data(tmp_path / "data", rng)
+    config = make_config(data, tmp_path / "x", drafter=OWN | {"weighting": weighting})
+    arms = drafter.default_arms(config)
+    assert arms[0] == "recipe" and "both" not in arms and {"data", "own"} <= set(arms)
+    assert {"decay", "flat"} - set(arms) == {weighting} - {"dpace"}
+
+
 @pytest.mark.slow
 def test_two_arms_and_answers_that_are_made_once(tmp_path, rng, capsys):
     data = write_data(tmp_path / "data", rng)

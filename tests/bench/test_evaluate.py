@@ -13,6 +13,7 @@ from tiny_checkpoint import checkpoint, write_tokenizer  # noqa: F401
 import mimo_jax
 from mimo_jax import cli
 from mimo_jax.bench import evaluate
+from mimo_jax.bench.acceptance import rounds_by_source
 from mimo_jax.commands import eval as eval_command
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import MimoError
@@ -45,7 +46,7 @@ def test_what_is_counted(rng):
     lengths = [rng.integers(1, 6, n).tolist() for n in (7, 3, 11)]
     outputs = [answer(some, rng) for some in lengths]
     prompts = [[9000 + n, 9001] for n in range(3)]
-    found = evaluate.measure(prompts, outputs, 5)
+    found = evaluate.measure(prompts, outputs, 5, 64)
     every = np.concatenate(lengths)
     assert found["answers"] == 3 and found["rounds"] == len(every)
     assert found["tokens"] == every.sum()
@@ -80,11 +81,46 @@ def test_domains_take_turns(tmp_path):
 def test_prompts_of_a_length(checkpoint, tmp_path):  # noqa: F811
     tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
     (tmp_path / "a.txt").write_text("abx = ba\n" * 50)
-    cut = evaluate.cut_prompts([str(tmp_path / "a.txt")], tokenizer, 37, 4)
-    assert len(cut) == 4 and {len(prompt) for prompt in cut} == {37}
-    assert len({tuple(prompt) for prompt in cut}) > 1
+    cut = evaluate.cut_prompts([str(tmp_path / "a.txt")], tokenizer, [11, 37], 4)
+    for length, pieces in cut.items():
+        assert len(pieces) == 4 and {len(prompt) for prompt in pieces} == {length}
+        assert len({tuple(prompt) for prompt in pieces}) > 1
+    assert list(cut) == [11, 37]
+    # They end at the same places.
+    assert [piece[-11:] for piece in cut[37]] == cut[11]
     with pytest.raises(MimoError, match="a context of 9999 is asked for"):
-        evaluate.cut_prompts([str(tmp_path / "a.txt")], tokenizer, 9999, 4)
+        evaluate.cut_prompts([str(tmp_path / "a.txt")], tokenizer, [5, 9999], 4)
+
+
+def slow_sources(tokens, prompt, rounds, reach):
+    """By looking at every earlier place for every round."""
+    found = {"near": [], "far": [], "new": []}
+    starts = [i for i in range(len(rounds)) if i == 0 or rounds[i] != rounds[i - 1]]
+    for start in starts:
+        place, size = prompt + start, list(rounds).count(rounds[start])
+        wanted = tokens[max(0, place - 4) : place + 3]
+        distances = [place - at for at in range(4, place - 2) if tokens[at - 4 : at + 3] == wanted]
+        if not distances:
+            found["new"].append(size)
+        elif reach is None or min(distances) + 4 <= reach:
+            found["near"].append(size)
+        else:
+            found["far"].append(size)
+    return found
+
+
+@pytest.mark.parametrize("reach", [None, 23, 61])
+def test_where_rounds_copy_from(reach, rng):
+    """Text that repeats pieces of itself, near and far."""
+    pieces = [rng.integers(0, 50, n).tolist() for n in (13, 17, 23)]
+    tokens = sum((pieces[i] for i in (0, 1, 0, 2, 1, 0, 2, 2, 1, 1, 0)), [])
+    prompt = 29
+    lengths = rng.integers(1, 6, len(tokens)).cumsum()
+    rounds = np.searchsorted(lengths, np.arange(len(tokens) - prompt), side="right").tolist()
+    found = rounds_by_source(tokens, prompt, rounds, reach)
+    assert found == slow_sources(tokens, prompt, rounds, reach)
+    assert bool(found["far"]) == (reach is not None) and found["near"] and found["new"]
+    assert sum(map(sum, found.values())) == len(rounds)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from mimo_jax.cache import init_cache
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import Parallel
+from mimo_jax.train import drafter as drafter_training
 from mimo_jax.train.drafter import (
     DraftRecipe,
     compare,
@@ -39,9 +40,9 @@ def random_module(build, rng, common):
     return nnx.merge(graph, randomise(params, rng, where, common))
 
 
-def build(rng):
+def build(rng, **changes):
     target_config = tiny_model(rng, 1)
-    config = tiny_drafter(rng, target_config, BLOCK, 1)
+    config = tiny_drafter(rng, target_config, BLOCK, 1, **changes)
     common = rng.standard_normal(target_config.hidden_size)
     target, drafter = (
         random_module(functools.partial(module, shapes, dtype=jnp.float32), rng, common)
@@ -67,8 +68,22 @@ def key_of(rng):
     return jax.random.key(int(rng.integers(1 << 30)))
 
 
-def test_blocks_are_those_of_decoding(rng):
-    target, drafter, config, tokens = build(rng)
+KINDS = {
+    "windows": {},
+    "causal": {"causal_layers": (0,)},
+    "mixed": {
+        "num_hidden_layers": 3,
+        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+        "causal_layers": (1,),
+    },
+    "full": {"sliding_window": None, "add_swa_attention_sink_bias": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_those_of_decoding(kind, rng, monkeypatch):
+    monkeypatch.setattr(drafter_training, "_ANCHORS_AT_ONCE", 2)
+    target, drafter, config, tokens = build(rng, **KINDS[kind])
     embedding = target.embedding[...]
     size = len(config.target_layer_ids) * config.hidden_size
     features = jnp.asarray(rng.standard_normal((BATCH, LENGTH, size)), jnp.float32)
@@ -79,24 +94,24 @@ def test_blocks_are_those_of_decoding(rng):
     def decode(start):
         live = jnp.arange(LENGTH) < start[:, None]
         caches = tuple(
-            init_cache(
-                config.attention, config.num_key_value_heads, BATCH, LENGTH, BLOCK, jnp.float32
-            )
-            for _ in range(config.num_hidden_layers)
+            init_cache(attention, config.num_key_value_heads, BATCH, LENGTH, BLOCK, jnp.float32)
+            for attention in map(config.attention_of, range(config.num_hidden_layers))
         )
         zero = jnp.zeros(BATCH, jnp.int32)
         caches = drafter.ingest(features, zero, live, caches, Parallel())
         first = embedding[jnp.take_along_axis(tokens, start[:, None], axis=1)[:, 0]]
-        return drafter(drafter.block(first, BLOCK), start, caches, caches[0].positions(start))
+        places = tuple(cache.positions(start) for cache in caches)
+        return drafter(drafter.block(first, BLOCK), start, caches, places)
 
     for column in range(anchors.shape[1]):
         decoded = decode(anchors[:, column])
         assert relative_norm(trained[:, column], decoded) < 1e-5
 
 
-def test_an_anchor_sees_nothing_from_itself_on_but_its_token_and_masks(rng):
+@pytest.mark.parametrize("kind", ["windows", "full"])
+def test_an_anchor_sees_nothing_from_itself_on_but_its_token_and_masks(kind, rng):
     """Features and tokens that it may not see are changed: not a bit of its block moves."""
-    target, drafter, config, tokens = build(rng)
+    target, drafter, config, tokens = build(rng, **KINDS[kind])
     size = len(config.target_layer_ids) * config.hidden_size
     features = rng.standard_normal((BATCH, LENGTH, size)).astype(np.float32)
     anchors = jnp.asarray(rng.integers(2, LENGTH - BLOCK, (BATCH, 1)), jnp.int32)
@@ -108,12 +123,13 @@ def test_an_anchor_sees_nothing_from_itself_on_but_its_token_and_masks(rng):
     before = np.asarray(run(jnp.asarray(features), tokens))
     place, column = np.arange(LENGTH), np.asarray(anchors)
     hidden = place >= column
-    far = place <= column - config.sliding_window
+    window = config.sliding_window or LENGTH
+    far = place <= column - window
     changed = np.where((hidden | far)[..., None], 7 * features + 1, features)
     others = np.where(place == column, tokens, (np.asarray(tokens) + 1) % config.vocab_size)
     after = run(jnp.asarray(changed), jnp.asarray(others.astype(np.int32)))
     assert np.array_equal(before, after)
-    for seen in (column - 1, np.maximum(column - config.sliding_window + 1, 0)):
+    for seen in (column - 1, np.maximum(column - window + 1, 0)):
         touched = np.where((place == seen)[..., None], features + 1, features)
         assert not np.array_equal(before, run(jnp.asarray(touched), tokens))
     nexts = np.where(place == column, (np.asarray(tokens) + 1) % config.vocab_size, tokens)
@@ -142,8 +158,10 @@ def test_far_anchors_lie_beyond_four_windows(rng):
     places, counted = place(key_of(rng), 9)
     assert places.shape == counted.shape == (2, 16) and counted.all()
     assert (places[:, 12:] >= 36).all() and places[:, :12].min() < 36
-    near, _ = place(key_of(rng), 16)
-    assert near.shape == (2, 16)  # Rows end before four windows: all are drawn from everywhere.
+    recipe = dataclasses.replace(recipe, far=1.0)
+    for window in (16, None):  # No row reaches beyond: all are drawn from everywhere.
+        near, _ = place_anchors(key_of(rng), trained, recipe, BLOCK, window)
+        assert near.shape == (2, 16) and near.min() < 36
 
 
 def plain_weights(recipe, losses):
