@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_run import assert_same_bits, changed, make_config, make_task, write_data
+from tiny_run import DRAFTER, assert_same_bits, changed, make_config, make_task, write_data
 
 import mimo_jax
 from mimo_jax.checkpoint import store
@@ -62,11 +62,16 @@ def test_a_drafter_learns_goes_on_and_decodes(target, tmp_path):
 
 
 @pytest.mark.slow
-def test_8_devices_compute_what_one_does(target, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kinds", [[], ["sliding_attention", "full_attention"]])
+def test_8_devices_compute_what_one_does(kinds, target, tmp_path, monkeypatch):
     found = {}
+    shape = DRAFTER | ({"layer_types": kinds, "num_hidden_layers": 2} if kinds else {})
     for devices in (1, 8):
         config = drafter_config(
-            target, tmp_path / str(devices), run={"devices": devices}, drafter=BOTH
+            target,
+            tmp_path / str(devices),
+            run={"devices": devices},
+            drafter=BOTH | {"shape": shape},
         )
         if devices > 1:
             # The same answers: those of other devices may differ where two tokens are close.
