@@ -270,8 +270,8 @@ class MTPConfig:
 
 
 AnyDrafterConfig = DrafterConfig | MTPConfig
-"""Either kind of drafter. What both have: `part`, `block_size`, `num_hidden_layers`, `attention`,
-`target_layer_ids`, `check_target` and `to_dict`."""
+"""Either kind of drafter. What both have: `part`, `block_size`, `num_hidden_layers`, `reach`,
+`attention`, `target_layer_ids`, `check_target` and `to_dict`."""
 
 
 def _refuse_other_drafters(fields: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 REPEATED = 16
 """Tokens of a span that counts as repeated when it has been there before."""
 _BEFORE, _AFTER = 4, 3
-"""Tokens before a round, and of it, that are the same elsewhere if it copies."""
+"""Tokens before a round's first, and from it on, that are the same elsewhere if it copies."""
 
 
 def repeated_tokens(tokens: Sequence[int], prompt: int, span: int = REPEATED) -> np.ndarray:
@@ -55,7 +55,8 @@ def rounds_by_source(
 ) -> dict[str, list[int]]:
     """Tokens of each round, by where the text that it continues stood before.
 
-    A round copies if the four tokens before it and its first three occurred together earlier.
+    A round copies if the four tokens before it and the three from its first on occurred together
+    earlier. With fewer left in the answer it cannot be told, and the round is left out.
 
     Args:
       tokens: prompt and answer.
@@ -77,6 +78,8 @@ def rounds_by_source(
         for end in range(max(indexed, _BEFORE + _AFTER), place + 1):
             spans[tuple(tokens[end - _BEFORE - _AFTER : end])] = end - _AFTER
         indexed = place + 1
+        if place + _AFTER > len(tokens):
+            continue
         there = spans.get(tuple(tokens[max(0, place - _BEFORE) : place + _AFTER]))
         far = there is not None and reach is not None and place - there + _BEFORE > reach
         found["new" if there is None else "far" if far else "near"].append(stop - start)

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file of settings")
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS),
-        help=f"default: of {', '.join(DEFAULT)} those that are not the recipe itself",
+        help=f"default: the recipe, and of {', '.join(DEFAULT[1:])} those that differ from it",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="of training, for each arm (default 60)"

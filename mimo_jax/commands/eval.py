@@ -149,5 +149,5 @@ def _print_tables(result: dict[str, Any]) -> None:
 
 def _source_cells(sources: dict[str, dict[str, Any]]) -> list[Any]:
     """Share and acceptance length of each kind of round, in order."""
-    cells = [cell for kind in SOURCES for cell in sources[kind].values()]
+    cells = [sources[kind][name] for kind in SOURCES for name in ("share", "acceptance_length")]
     return ["" if cell is None else cell for cell in cells]

@@ -103,7 +103,9 @@ class DrafterSection:
     )
     ce_share: float = option(0.1, "tv, kl: share of the cross-entropy", low=0.0, high=1.0)
     anchors: int = option(64, "random anchors in 1024 tokens", low=1)
-    far: float = option(0.0, "share of anchors beyond four windows, if any", low=0.0, high=1.0)
+    far: float = option(
+        0.0, "share of anchors beyond four windows, if there is one", low=0.0, high=1.0
+    )
     answers: str = option(
         "data", "train on data, on the target's own answers, or both",
         choices=("data", "own", "both"),

@@ -36,7 +36,8 @@ class DraftRecipe:
       loss: "ce", or "tv" or "kl" mixed with it.
       ce_share: of the cross-entropy in such a mixture.
       anchors: in 1024 tokens of a row.
-      far: share of the anchors that lie beyond four windows, in rows that are longer.
+      far: share of the anchors that lie beyond four windows, in rows that are longer; without a
+        window they lie anywhere.
       dtype: of the forward and backward pass.
       accumulate: parts that a batch is taken in.
       chunk: anchors of a row whose logits exist at once; 0 is all.

@@ -55,9 +55,11 @@ def drafter_flops(
     a, d, block = config.attention, config.hidden_size, config.block_size
     queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * 2 * a.head_dim
     context = len(config.target_layer_ids) * d * d + config.num_hidden_layers * d * keys
-    seen = config.sliding_window + block
-    layer = d * (2 * queries + keys + 3 * config.intermediate_size) + 2 * queries * seen
-    row = config.num_hidden_layers * layer
+    # In the mean half a row is before an anchor, of which a window is all that a layer sees.
+    windows = [config.attention_of(i).window for i in range(config.num_hidden_layers)]
+    seen = sum((length // 2 if w is None else min(w, length // 2)) + block for w in windows)
+    layer = d * (2 * queries + keys + 3 * config.intermediate_size)
+    row = config.num_hidden_layers * layer + 2 * queries * seen
     logits = (block - 1) * d * config.vocab_size
     features = forward_flops(target, length, head=False) * length
     # Of the logits, the target's are made forwards alone: one part of four.

@@ -201,6 +201,7 @@ def _by_target(target: ModelConfig) -> dict[str, Any]:
         "partial_rotary_factor": 0.5,
         "attention_value_scale": 0.612,
         "add_swa_attention_sink_bias": True,
+        "causal_layers": (),
     }
 
 

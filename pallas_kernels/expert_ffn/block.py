@@ -67,8 +67,11 @@ class Hooks(typing.Protocol):
     def load(self, stage_ref, group):
         """Starts to load this warpgroup's share of a stage, as `multiply` takes it."""
 
+    def held(self, rows_ref, group):
+        """Starts to load hidden rows from shared memory, as `multiply` takes x; in one launch."""
+
     def give_back(self, loaded, place, index):
-        """Arrives for this warpgroup at one of a row of barriers, once the stage is loaded."""
+        """Arrives for this warpgroup at one of a row of barriers, once stage or rows are there."""
 
     def multiply(self, sums, x, part, loaded, ahead=None):
         """Returns sums plus a stage's weights times x; sums are None at a unit's first stage.

@@ -34,6 +34,8 @@ On H200s, a rank of eight of Pro, 8 tokens: 4, 5 and 7 stages of 26,112 bytes ta
 56.5 us on one card, 54.3, 55.7 and 57.2 on another (28 November 2026); in an older loop 3 and 7
 took 70.6 and 64.9. Why is not known: fewer copies under way in a long ring gave nothing.
 """
+_MOST_LOADING_AHEAD = 12
+"""Warps of which each then spills little; sixteen (Flash) would 744 bytes instead of 568."""
 _CLAIMS = 32
 """Claims whose numbers are kept: more than can be under way between producer and finisher."""
 
@@ -73,6 +75,11 @@ class Flow:
     def consumers(self) -> int:
         """Warpgroups that multiply."""
         return self.up.warps // 4
+
+    @property
+    def loads_ahead(self) -> bool:
+        """Whether consumers have registers for the next stage while they multiply one."""
+        return self.up.warps <= _MOST_LOADING_AHEAD
 
     @property
     def run_units(self) -> int:
@@ -226,33 +233,37 @@ class Flow:
         x = self.hooks[0].operands(self.hooks[0].fetch(refs["x"], None, 0, group))
         first, end = self.bounds(refs)
 
-        def wait_full(index):
-            plgpu.barrier_wait(refs["full"].at[lax.rem(index, self.stages)])
-
         def load(which, index):
             stage = lax.rem(index, self.stages)
             return self.hooks[which].load(place(refs["ring"], stage, refs["weights"][which]), group)
 
+        def come(which, index, nth=None):
+            """Waits for a stage, and starts to load it; the nth claim, if it is the first of it."""
+            plgpu.barrier_wait(refs["full"].at[lax.rem(index, self.stages)])
+            claim = None if nth is None else self.claimed(refs, nth)
+            return load(which, index), claim
+
         def multiply_unit(which, x, index, unit, loaded, nth=None):
             """All stages of a unit, whose first is loaded; and loads the first of the next.
 
-            While a stage is multiplied the next one is on its way to the registers. Of a claim's
-            last unit it also returns the nth claim, which is then known.
+            Of a claim's last unit it also returns the nth claim, to which the next stage belongs.
             """
-            plan, hooks, sums, claim = (self.up, self.down)[which], self.hooks[which], None, None
+            plan, hooks, sums, ahead = (self.up, self.down)[which], self.hooks[which], None, None
             for part in range(plan.parts):
                 hooks.give_back(loaded, refs["empty"], lax.rem(index, self.stages))
-                index = index + 1
-                wait_full(index)
-                if nth is not None and part == plan.parts - 1:
-                    claim = self.claimed(refs, nth)
-                ahead = load(which, index)
+                index, last = index + 1, part == plan.parts - 1
+                if self.loads_ahead:
+                    ahead, claim = come(which, index, nth if last else None)
                 sums = hooks.multiply(sums, x, part, loaded, ahead)
-                loaded = ahead
+                if not self.loads_ahead and not last:
+                    ahead, claim = come(which, index)
+                loaded, ahead = ahead, None
             buffer, turn = lax.rem(unit, 2), lax.div(unit, 2)
             self.wait_for_turn(refs["taken"], buffer, turn)
             hooks.put(sums, refs["sums"].at[buffer, group])
             hooks.arrive(refs["put"], buffer)
+            if not self.loads_ahead:
+                loaded, claim = come(which, index, nth)
             return index, loaded, claim
 
         def up_claim(carry):
@@ -265,7 +276,7 @@ class Flow:
             buffer = lax.rem(m, self.buffers)
             plgpu.barrier_wait(refs["x_full"].at[buffer])
             rows = self.hooks[1].held(refs["rows"].at[buffer], group)
-            self.hooks[1].arrive_after(refs["x_empty"], buffer, rows)
+            self.hooks[1].give_back(rows, refs["x_empty"], buffer)
             for k in range(self.run_units):
                 last = nth + 1 if k == self.run_units - 1 else None
                 index, loaded, claim = multiply_unit(1, rows, index, unit + k, loaded, last)
@@ -273,11 +284,13 @@ class Flow:
             return nth + 1, index, unit, claim, loaded, m + 1
 
         zero = jnp.int32(0)
-        wait_full(zero)
-        carry = zero, zero, zero, self.claimed(refs, zero), load(0, zero)
+        loaded, claim = come(0, zero, zero)
+        carry = zero, zero, zero, claim, loaded
         self.stamp(refs, 0)
         carry = lax.while_loop(lambda c: c[3] < first, up_claim, carry)
         self.stamp(refs, 1)
+        # The stage that is there is of down, or of nothing; it was read as gate/up's, and not
+        # given back.
         carry = (*carry[:4], load(1, carry[1]), zero)
         carry = lax.while_loop(lambda c: c[3] < end, down_claim, carry)
         self.stamp(refs, 2)
@@ -489,6 +502,11 @@ def make_flow(weights: KernelWeights, t, c, make, grid, launch) -> Flow:
         raise ValueError(f"fused=True does not fit these weights and tokens: {misfit}.")
     slots = most_slots(t, c, experts)
     stages = launch.stages or flow_stages(up, down, list_bytes(slots), launch.runs)
+    if stages < down.parts:
+        raise ValueError(
+            f"stages={stages}: a ring of 1 stage cannot hold a unit of the down matrix, "
+            f"{down.parts} stages, before whose end its hidden rows are asked for."
+        )
     hooks = make(up, True), make(down, False)
     more = launch.time_line, launch.runs
     return Flow(up, down, hooks, grid, slots, launch.ctas, stages, *more)

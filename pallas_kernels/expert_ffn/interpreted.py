@@ -79,10 +79,6 @@ class Interpreted:
         """This warpgroup's arrival."""
         plgpu.barrier_arrive(barriers.at[index])
 
-    def arrive_after(self, barriers, index, held):
-        """The same."""
-        plgpu.barrier_arrive(barriers.at[index])
-
     def wait(self, barriers, index, nth):
         """Pallas' barriers count for themselves."""
         plgpu.barrier_wait(barriers.at[index])

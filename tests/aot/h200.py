@@ -54,13 +54,11 @@ class Kernel:
       name: of the kernel.
       registers: of a thread at launch.
       spilled_bytes: stores and loads.
-      proxy_fences: fences between ordinary accesses to shared memory and the copy engine's.
     """
 
     name: str
     registers: int
     spilled_bytes: int
-    proxy_fences: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,18 +178,16 @@ def compile_case(case: Case, mesh, dump: str) -> Report:
 
 
 def read_kernels(dump: str) -> list[Kernel]:
-    """Registers and spills from ptxas' reports, fences from the PTX beside them."""
+    """Registers and spills from ptxas' reports."""
     kernels = []
     for path in sorted(glob.glob(f"{dump}/*.ptxas")):
         text = Path(path).read_text()
-        ptx = Path(path).with_suffix(".ptx")
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
         kernels.append(
             Kernel(
                 name=re.sub(r"_\d+$", "", Path(path).stem),
                 registers=max(map(int, re.findall(r"Used (\d+) registers", text))),
                 spilled_bytes=sum(int(n) for pair in spills for n in pair),
-                proxy_fences=ptx.read_text().count("fence.proxy.async") if ptx.exists() else 0,
             )
         )
     return kernels

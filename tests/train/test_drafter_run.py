@@ -10,6 +10,7 @@ from tiny_run import DRAFTER, assert_same_bits, changed, make_config, make_task,
 import mimo_jax
 from mimo_jax.checkpoint import store
 from mimo_jax.errors import MimoError
+from mimo_jax.train import drafter as drafter_training
 from mimo_jax.train.export import stored_target
 from mimo_jax.train.metrics import read_metrics
 from mimo_jax.train.steps import Steps
@@ -62,10 +63,19 @@ def test_a_drafter_learns_goes_on_and_decodes(target, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", [[], ["sliding_attention", "full_attention"]])
-def test_8_devices_compute_what_one_does(kinds, target, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        {"layer_types": ["full_attention"], "add_swa_attention_sink_bias": False},
+    ],
+    ids=["windows", "mixed", "full"],
+)
+def test_8_devices_compute_what_one_does(changes, target, tmp_path, monkeypatch):
+    monkeypatch.setattr(drafter_training, "_ANCHORS_AT_ONCE", 2)
     found = {}
-    shape = DRAFTER | ({"layer_types": kinds, "num_hidden_layers": 2} if kinds else {})
+    shape = DRAFTER | changes
     for devices in (1, 8):
         config = drafter_config(
             target,

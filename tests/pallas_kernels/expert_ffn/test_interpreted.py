@@ -39,6 +39,7 @@ TOLERANCE = 5e-3
 # More blocks than some experts have units, fewer stages than a unit has parts in flight.
 TWO = mosaic_gpu.Launch(ctas=3, stages=2, fused=False)
 ONE = mosaic_gpu.Launch(ctas=3, stages=3, fused=True)
+ONE_STAGE = dataclasses.replace(ONE, stages=1)
 
 
 @functools.partial(jax.jit, static_argnames=("hooks", "launch"))
@@ -48,8 +49,8 @@ def _run(x, packed, ids, routing, hooks, launch):
     )
 
 
-def run(x, weights, ids, routing, hooks=interpreted.Interpreted, launch=ONE):
-    packed = layout.pack_experts(weights, *PLANS)
+def run(x, weights, ids, routing, hooks=interpreted.Interpreted, launch=ONE, plans=PLANS):
+    packed = layout.pack_experts(weights, *plans)
     return np.asarray(_run(x, packed, jnp.asarray(ids), jnp.asarray(routing), hooks, launch))
 
 
@@ -87,6 +88,29 @@ def test_matches_the_oracle(t, experts, launch, rng):
     arrays = jnp.asarray(ids), jnp.asarray(routing)
     reference = expert_ffn(x, weights, *arrays, implementation="reference")
     assert distance(out, np.asarray(reference)) < 2e-4
+
+
+@pytest.mark.parametrize("warps", [8, 16])
+def test_rows_follow_the_first_unit_where_no_claim_fits_half_the_ring(warps, rng):
+    """A claim of more stages than the ring has; sixteen warps do not load ahead. As Flash's."""
+    plans = layout.Plan(8 * F, 2 * D, warps // 2, 2, 2), layout.Plan(2 * D, 4 * F, warps, 1, 2)
+    made = flow.Flow(*plans, (None, None), None, 1, 132, ONE.stages, False)
+    assert made.lag == 0 and made.run_units * plans[1].parts > ONE.stages
+    assert made.loads_ahead == (warps == 8)
+    weights = random_experts(rng, EXPERTS, 2 * D, 4 * F)
+    ids, routing = random_routing(rng, 4, CHOICES, EXPERTS)
+    x = jnp.asarray(rng.normal(size=(4, 2 * D)), jnp.bfloat16)
+    out = run(x, weights, ids, routing, plans=plans)
+    assert distance(out, oracle(x, weights, ids, routing)) < TOLERANCE
+
+
+def test_a_ring_too_small_for_a_unit_is_refused(rng):
+    """Its rows are asked for after its first unit: the producer would wait for ever."""
+    plans = layout.Plan(4 * F, D, 4, 2, 2), layout.Plan(D, 2 * F, 8, 1, 2)
+    weights = random_experts(rng, EXPERTS, D, 2 * F)
+    ids, routing = random_routing(rng, 4, CHOICES, EXPERTS)
+    with pytest.raises(ValueError, match="a ring of 1 stage.*2 stages"):
+        run(tokens(rng, 4), weights, ids, routing, launch=ONE_STAGE, plans=plans)
 
 
 @pytest.mark.slow
