@@ -17,8 +17,9 @@ from pallas_kernels.expert_ffn.block import (
     Pass,
     default_stages,
 )
-from pallas_kernels.expert_ffn.flow import flow_misfit, make_flow, rows_shape
+from pallas_kernels.expert_ffn.flow import make_flow
 from pallas_kernels.expert_ffn.layout import KernelWeights
+from pallas_kernels.expert_ffn.ring import flow_misfit, rows_shape
 from pallas_kernels.expert_ffn.slots import (
     TOKENS,
     Slots,

@@ -25,6 +25,7 @@ from pallas_kernels.expert_ffn import (  # noqa: E402
     interpreted,
     layout,
     mosaic_gpu,
+    ring,
     slots,
 )
 from pallas_kernels.expert_ffn.shapes import SHAPES  # noqa: E402
@@ -192,7 +193,7 @@ def test_a_short_matrix_gets_a_short_ring(rows, columns, stages):
 def test_both_passes_of_all_shapes_fit_one_launch(name):
     shape = SHAPES[name]
     plans = layout.plan_for(2 * shape.f, shape.d), layout.plan_for(shape.d, shape.f)
-    assert flow.flow_misfit(*plans, 8, shape.c, shape.e) is None
+    assert ring.flow_misfit(*plans, 8, shape.c, shape.e) is None
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
@@ -210,9 +211,9 @@ def test_weights_that_wait_for_no_rows_fit_the_ring(name, stages):
 def test_what_does_not_go_together_is_refused_one_launch():
     up, sixteen = layout.Plan(512, 6144, 1, 12, 2), layout.Plan(6144, 256, 16, 1, 1)
     down = layout.plan_for(6144, 256)
-    assert "12 and 16 warps" in flow.flow_misfit(up, sixteen, 8, 8, 384)
-    assert "9 tokens of 8 choices" in flow.flow_misfit(up, down, 9, 8, 384)
-    assert flow.flow_misfit(up, down, 8, 8, 384) is None
+    assert "12 and 16 warps" in ring.flow_misfit(up, sixteen, 8, 8, 384)
+    assert "9 tokens of 8 choices" in ring.flow_misfit(up, down, 9, 8, 384)
+    assert ring.flow_misfit(up, down, 8, 8, 384) is None
 
 
 def test_blocks_divide_the_units_evenly():

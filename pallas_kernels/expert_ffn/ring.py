@@ -1,0 +1,68 @@
+"""What fits a flow: stages of its ring, units of a claim, places for hidden rows."""
+
+import math
+
+from pallas_kernels.expert_ffn.block import MAX_STAGES, SHARED_BYTES, common_width
+from pallas_kernels.expert_ffn.layout import MOST_SLOTS, Plan
+from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
+
+_LEAST_RING, _RING_BYTES = 4, 104 * 1024
+"""Stages of the ring at least, and its bytes at most: longer ones were slower.
+
+On H200s, a rank of eight of Pro, 8 tokens: 4, 5 and 7 stages of 26,112 bytes take 55.1, 55.9 and
+56.5 us on one card, 54.3, 55.7 and 57.2 on another (28 November 2026); in an older loop 3 and 7
+took 70.6 and 64.9. Why is not known: fewer copies under way in a long ring gave nothing.
+"""
+
+
+def run_units(down: Plan) -> int:
+    """Units of down in one claim: two or more, with three times the bytes of their hidden rows.
+
+    Measured on an H100, 8 tokens: one, two and four of a rank of eight of Pro 71.4, 69.4 and
+    70.6 us; two and four of whole experts 406 and 412 us.
+    """
+    rows = 2 * math.prod(rows_shape(down))
+    whole = 4 * down.stage_words * down.parts
+    fit = [n for n in range(2, down.units + 1) if down.units % n == 0 and n * whole >= 3 * rows]
+    return fit[0] if fit else down.units
+
+
+def rows_shape(down: Plan) -> tuple[int, int]:
+    """A slot's hidden rows: blocks of 32 columns of 8 tokens each."""
+    return down.columns // 32, 32 * TOKENS
+
+
+def x_buffers(down: Plan, stages: int, runs: int) -> int:
+    """Places for hidden rows."""
+    claims = stages // (runs * down.parts)
+    return max(2, claims - claims // 2 + 1)
+
+
+def flow_stages(up: Plan, down: Plan, listed: int, runs: int | None = None) -> int:
+    """Stages of the ring: no more than help, and what fits beside hidden rows, sums and list."""
+    stage, sums = max(4 * p.stage_words for p in (up, down)), 2 * up.warps * 512
+    most = min(MAX_STAGES, max(_LEAST_RING, _RING_BYTES // stage))
+    for stages in range(most, 0, -1):
+        rows = x_buffers(down, stages, runs or run_units(down)) * 2 * math.prod(rows_shape(down))
+        if stages * stage + rows + sums + listed <= SHARED_BYTES:
+            return stages
+    return 0
+
+
+def flow_misfit(up: Plan, down: Plan, t: int, c: int, experts: int) -> str | None:
+    """Why both passes cannot be one flow, or None."""
+    slots = most_slots(t, c, experts)
+    if t > TOKENS or t * c > MOST_SLOTS:
+        return f"{t} tokens of {c} choices are more than {TOKENS}, or {MOST_SLOTS} choices"
+    if up.warps != down.warps:
+        return f"the matrices have {up.warps} and {down.warps} warps"
+    if common_width(up, down) is None:
+        return f"stages of {up.stage_words} and {down.stage_words} words have no common width"
+    if flow_stages(up, down, list_bytes(slots)) < 3:
+        return "the ring would have less than 3 stages"
+    return None
+
+
+def list_bytes(slots: int) -> int:
+    """Shared memory of list, claims and barriers: each array begins at a multiple of 1024."""
+    return 1024 * (2 * -(-4 * TOKENS * slots // 1024) + -(-4 * slots // 1024) + 6)
