@@ -37,7 +37,7 @@ class Launch:
       ahead: the rows of the next slot are loaded during this one's, where registers allow.
       stages: of the ring; None: `ring.flow_stages` or `default_stages`.
       ctas: thread blocks, one for each SM.
-      runs: units of the down matrix that a block takes at a time; None is `flow.run_units`. Fused.
+      runs: units of the down matrix that a block takes at a time; None is `ring.run_units`. Fused.
       time_line: also return when each warpgroup began and ended what; fused.
     """
 

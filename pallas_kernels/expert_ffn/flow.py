@@ -34,7 +34,7 @@ from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
 from pallas_kernels.roles import run_roles
 
 _MOST_LOADING_AHEAD = 12
-"""Warps of which each then spills little; sixteen (Flash) would 744 bytes instead of 568."""
+"""Warps of which each then spills little; sixteen, Flash's, would spill 744 bytes, not 592."""
 _CLAIMS = 32
 """Claims whose numbers are kept: more than can be under way between producer and finisher."""
 
@@ -450,8 +450,8 @@ def make_flow(weights: KernelWeights, t, c, make, grid, launch) -> Flow:
     stages = launch.stages or flow_stages(up, down, list_bytes(slots), launch.runs)
     if stages < down.parts:
         raise ValueError(
-            f"stages={stages}: a ring of 1 stage cannot hold a unit of the down matrix, "
-            f"{down.parts} stages, before whose end its hidden rows are asked for."
+            f"stages={stages} do not hold a unit of the down matrix, before whose end its hidden "
+            f"rows are not asked for: give at least {down.parts}."
         )
     hooks = make(up, True), make(down, False)
     more = launch.time_line, launch.runs

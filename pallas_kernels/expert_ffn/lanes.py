@@ -1,7 +1,7 @@
 """What each lane of a warp does with one matrix, in PTX: fetch x, multiply, finish a unit.
 
 A class of hooks. `interpreted.py` holds the same in plain jnp, for machines without a GPU. Arrays
-between the hooks are `carriers`, each thread's registers in vectors of four.
+between the hooks are `carriers`, each thread's registers in vectors of at most four.
 """
 
 import dataclasses
@@ -223,9 +223,10 @@ class Lanes:
     def multiply(self, sums, x, part, loaded, ahead=None):
         """Decodes a stage's codes and multiplies: sums + weights x, 16 rows by 8 tokens a warp.
 
-        After five eighths of its blocks what is loaded `ahead`, the next stage, must be there. The
-        compiler, short of registers, would move these loads to the end, and earlier they cost
-        spills: the kernel took 53.6 us instead of 52.5, or 53.1 to 55.1 (H200, November 2026).
+        After five eighths of its blocks what is loaded `ahead`, the next stage, must be there (a
+        stage of two blocks, mimo-nano's, waits for nothing). The compiler, short of registers,
+        would move these loads to the end, and earlier they cost spills: the kernel took 53.6 us
+        instead of 52.5, or 53.1 to 55.1 (H200, November 2026).
         """
         per_thread = self.plan.slice_columns // 8
         more = {"sums": (4, sums), "ahead": (self._held_words, ahead)}

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_checkpoint import write_tokenizer
 
 from mimo_jax.cache import init_cache
 from mimo_jax.model.dflash import Drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import Parallel
 from mimo_jax.train import drafter as drafter_training
+from mimo_jax.train.config import from_dict
 from mimo_jax.train.drafter import (
     DraftRecipe,
     compare,
@@ -25,6 +27,7 @@ from mimo_jax.train.drafter import (
     summarise,
 )
 from mimo_jax.train.pretrain import run_sequences
+from mimo_jax.train.start import drafter_shapes
 from tests.helpers import randomise, tiny_drafter, tiny_model
 from tests.tolerances import relative_norm
 
@@ -134,6 +137,16 @@ def test_an_anchor_sees_nothing_from_itself_on_but_its_token_and_masks(kind, rng
         assert not np.array_equal(before, run(jnp.asarray(touched), tokens))
     nexts = np.where(place == column, (np.asarray(tokens) + 1) % config.vocab_size, tokens)
     assert not np.array_equal(before, run(jnp.asarray(features), jnp.asarray(nexts)))
+
+
+def test_kinds_of_layers_make_no_block_causal(rng, tmp_path):
+    """As they do in a release's file, whose sliding layers are causal if it does not say."""
+    kinds = ["sliding_attention", "full_attention"]
+    config = from_dict({"drafter": {"shape": {"layer_types": kinds, "mask_token_id": 3}}})
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    shapes = drafter_shapes(config, tiny_model(rng, 1), tokenizer)
+    assert shapes.causal_layers == () and shapes.reach is None
+    assert [shapes.attention_of(i).window is None for i in range(2)] == [False, True]
 
 
 def test_anchors_are_drawn_evenly_from_the_places_allowed(rng):
