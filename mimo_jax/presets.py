@@ -3,7 +3,7 @@
 import dataclasses
 
 from mimo_jax.config import ModelConfig
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafter_config import FULL_LAYER, SLIDING_LAYER, DrafterConfig
 from mimo_jax.errors import MimoError
 
 _FLASH_FULL = (0, 5, 11, 17, 23, 29, 35, 41, 47)
@@ -127,6 +127,7 @@ _DRAFTERS = {
         mask_token_id=3,
         target_layer_ids=(0, 1, 2, 3, 4),
         sliding_window=256,
+        layer_types=2 * (SLIDING_LAYER, SLIDING_LAYER, FULL_LAYER),
     ),
     "mimo-v2.5": _FLASH_DRAFTER,
     "mimo-v2.6-flash": _FLASH_DRAFTER,

@@ -55,7 +55,8 @@ def test_parameters_on_each_device(name, layout, devices):
     config = dataclasses.replace(
         config, num_hidden_layers=3, hybrid_layer_pattern=(0, 1, 0), moe_layer_freq=(0, 1, 1)
     )
-    drafter = dataclasses.replace(drafter, num_hidden_layers=1, target_layer_ids=(0, 1, 2))
+    changes = dict(num_hidden_layers=1, layer_types=(), target_layer_ids=(0, 1, 2))
+    drafter = dataclasses.replace(drafter, **changes)
     mesh, kinds = make_mesh(devices), {"layout": layout, "dtype": jnp.bfloat16}
     plan = make_plan(config, drafter, mesh, **kinds)
     mtp = make_plan(config, MTPConfig(config, 2), mesh, **kinds)
