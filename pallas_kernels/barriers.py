@@ -79,3 +79,9 @@ def wait(place, index, nth):
         ptx.asm(None, operands, _WAIT, "r,r", effects=True)
 
     run(place[0], place[1] + index, nth)
+
+
+def wait_here(ref, number):
+    """Waits inside a hook until a barrier has been completed once, and has not been once more."""
+    operands = [ptx.address(ref, ptx.int32(number), 8), ptx.int32(0)]
+    ptx.asm(None, operands, _WAIT, "r,r", effects=True)

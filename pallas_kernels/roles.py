@@ -8,6 +8,12 @@ from jax import lax
 PRODUCER_REGISTERS = 24
 
 
+def consumer_registers(groups: int, finisher: int) -> int:
+    """Of a thread that multiplies, in so many warpgroups: what a launch gives, less the others'."""
+    launched = 65536 // (128 * (groups + 2)) // 8 * 8 * (groups + 2)
+    return min(232, (launched - PRODUCER_REGISTERS - finisher) // groups // 8 * 8)
+
+
 @typing.runtime_checkable
 class Roles(typing.Protocol):
     """A block of `consumers` warpgroups that multiply and one that copies."""

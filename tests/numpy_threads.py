@@ -50,7 +50,8 @@ class NumpyThreads:
         assert (at[live, 0] % (4 * words) == 0).all(), "not aligned"
         return flat, at
 
-    def load(self, ref, index, width, words, where=None, other=None):
+    def load(self, ref, index, width, words, where=None, other=None, offset=0):
+        index = index + np.int32(offset)
         live = self.active if where is None else self.active & np.asarray(where)
         flat, at = self._places(ref, index, width, words, live)
         found = flat[np.where(live[:, None], at, 0)] * live[:, None].astype(np.uint8)
@@ -60,7 +61,8 @@ class NumpyThreads:
             return found
         return [self.where(where, a, b) for a, b in zip(found, other, strict=True)]
 
-    def store(self, ref, index, width, words, where):
+    def store(self, ref, index, width, words, where, offset=0):
+        index = index + np.int32(offset)
         live = self.active & np.asarray(where)
         flat, at = self._places(ref, index, width, len(words), live)
         assert np.may_share_memory(flat, ref), "a store to a copy"

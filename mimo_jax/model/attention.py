@@ -175,6 +175,7 @@ class Attention(nnx.Module):
                 window=config.window,
                 value_scale=config.value_scale,
                 epsilon=norm.epsilon,
+                ahead=value(ahead),
                 elsewhere=separate,
             )
         return kv.LayerCache(*written), y

@@ -112,17 +112,20 @@ class Draft(Ring):
         start = (first + m.minimum(row, self.held - 1)) * size
         context = m.const(self.held) > row
         block = row > m.const(self.held - 1)
-        found = [m.load(refs[name], start + at, 2, words, context) for at, words in places]
+        found = [
+            m.load(refs[name], start + at, 2, words, context, offset=offset)
+            for at, offset, words in places
+        ]
         return [
-            m.load(refs[f"own_{name}"], own + at, 2, words, block, known)
-            for (at, words), known in zip(places, found, strict=True)
+            m.load(refs[f"own_{name}"], own + at, 2, words, block, known, offset)
+            for (at, offset, words), known in zip(places, found, strict=True)
         ]
 
     def _key(self, m, refs, first, row, c):
         return self._both(m, refs, "keys", first, row, self.h, columns_of(self.h, c))
 
     def _value(self, m, refs, first, row, g):
-        places = [(g * width + column, width // 2) for column, width in self.columns]
+        places = [(g * width, column, width // 2) for column, width in self.columns]
         return self._both(m, refs, "values", first, row, self.v, places)
 
 

@@ -117,10 +117,12 @@ class Machine:
         words: int,
         where: Reg | None = None,
         other: Sequence[Reg] | None = None,
+        offset: int = 0,
     ) -> list[Reg]:
         """1, 2 or 4 words of global memory, issued in the order of the calls.
 
-        If not `where`, they are those of `other`, in the registers that are loaded to; or zeros.
+        What is `offset` elements further needs no address of its own. If not `where`, they are
+        those of `other`, in the registers that are loaded to; or zeros.
 
         Past the first-level cache only where the hardware must: others may have written before this
         launch, nobody else writes what is read during it.
@@ -129,7 +131,7 @@ class Machine:
         target = outputs[0] if words == 1 else "{" + ", ".join(outputs) + "}"
         kind = f"ld.global{'' if words == 1 else f'.v{words}'}.b32"
         pointer, operands, constraints = ptx.address(ref, index.value, width), [], "l"
-        text = f"{kind} {target}, [${words}];"
+        text = f"{kind} {target}, [${words}+{offset * width}];"
         if where is not None:
             zeros = " ".join(f"mov.b32 {out}, 0;" for out in outputs) if other is None else ""
             text = f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0; {zeros} @p {text} }}"
@@ -140,13 +142,33 @@ class Machine:
         found = ptx.results(words, ptx.i32(), operands, text, constraints, effects=True)
         return [Reg(word) for word in found]
 
-    def store(self, ref, index: Reg, width: int, words: Sequence[Reg], where: Reg) -> None:
+    def load_either(
+        self, condition: Reg, one, other, width: int, words: int, offset: int = 0
+    ) -> list[Reg]:
+        """2 or 4 words of one (reference, index) where the condition holds, else of the other.
+
+        Two loads, of which each lane needs one, would wait for each other: their registers are the
+        same.
+        """
+        places = [ptx.address(ref, index.value, width) for ref, index in (one, other)]
+        pointer = arith.select(condition.value, *places)
+        target = ", ".join(f"${i}" for i in range(words))
+        text = f"ld.global.v{words}.b32 {{{target}}}, [${words}+{offset * width}];"
+        constraints = ",".join(["=&r"] * words + ["l"])
+        found = ptx.results(words, ptx.i32(), [pointer], text, constraints, effects=True)
+        return [Reg(word) for word in found]
+
+    def store(
+        self, ref, index: Reg, width: int, words: Sequence[Reg], where: Reg, offset: int = 0
+    ) -> None:
         """1, 2 or 4 words to global memory, where the condition holds."""
         n = len(words)
         sources = [f"${i + 2}" for i in range(n)]
         source = sources[0] if n == 1 else "{" + ", ".join(sources) + "}"
         kind = f"st.global{'' if n == 1 else f'.v{n}'}.b32"
-        text = f"{{ .reg .pred p; setp.ne.s32 p, $0, 0; @p {kind} [$1], {source}; }}"
+        text = (
+            f"{{ .reg .pred p; setp.ne.s32 p, $0, 0; @p {kind} [$1+{offset * width}], {source}; }}"
+        )
         flag, pointer = ptx.flag(where.value), ptx.address(ref, index.value, width)
         operands = [flag, pointer, *(self.bits(w).value for w in words)]
         ptx.asm(None, operands, text, ",".join(["r", "l"] + ["r"] * n), effects=True)

@@ -204,11 +204,15 @@ class Ring:
 
         The order of columns in a product is free, as long as queries and keys have the same.
         """
-        return [m.load(ref, start + at, 2, words) for at, words in columns_of(self.h, c)]
+        return [
+            m.load(ref, start + at, 2, words, offset=offset)
+            for at, offset, words in columns_of(self.h, c)
+        ]
 
     def _value(self, m, refs, first, row, g):
         """A lane's columns of a row of values."""
         start = (first + m.minimum(row, self.s - 1)) * self.v
+        # Not at offsets: a block of one token would spill.
         return [
             m.load(refs["values"], start + (g * width + column), 2, width // 2)
             for column, width in self.columns
@@ -357,9 +361,13 @@ class Ring:
 
 
 def columns_of(h: int, c):
-    """(first column, words) of the pieces of h columns that one of four lanes has."""
-    found = [(c * 8 + 32 * i, 4) for i in range(h // 32)]
-    return found + ([(c * 4 + (h - 16), 2)] if h % 32 else [])
+    """The pieces of h columns that one of four lanes has.
+
+    Returns:
+      (a column, how many after it a piece begins, words) of each.
+    """
+    found = [(c * 8, 32 * i, 4) for i in range(h // 32)]
+    return found + ([(c * 4, h - 16, 2)] if h % 32 else [])
 
 
 def bytes_of(sink) -> int:

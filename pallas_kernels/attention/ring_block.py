@@ -38,11 +38,15 @@ class RingBlock(Ring):
 
     def _query(self, m, refs, sequence, kv, row, c):
         """Starts to load a lane's pieces of a query row, and its angles."""
+        pieces, token = self._query_pieces(m, refs, sequence, kv, row, c)
+        return pieces, rotary.load_angles(m, refs, token, self.half, c)
+
+    def _query_pieces(self, m, refs, sequence, kv, row, c):
+        """Without angles, but with the row [b t] of the product, which is theirs."""
         row = m.minimum(row, self.t * self.group - 1)
         token = sequence * self.t + row // self.group
         at = self._head(token, kv) + (row % self.group) * self.h
-        pieces = self._pieces(m, refs["qkv"], at, c)
-        return pieces, rotary.load_angles(m, refs, token, self.half, c)
+        return self._pieces(m, refs["qkv"], at, c), token
 
     def _ready(self, m, query, c):
         """Rotated."""
@@ -78,34 +82,55 @@ class RingBlock(Ring):
 
     def _new_key(self, m, refs, where, row, is_new, old):
         """A lane's pieces of a key: the block's own if it is new, which tile 0 writes."""
-        token = self._token(m, where, row)
-        start = self._head(token, where.kv) + self.group * self.h
+        pieces = self._load_new_key(m, refs, where, row, is_new, old)
+        return self._place_key(m, refs, where, row, is_new, pieces)
+
+    def _load_new_key(self, m, refs, where, row, is_new, old):
+        """Starts to load a new key, as projected, to the registers of what was loaded before."""
+        start = self._head(self._token(m, where, row), where.kv) + self.group * self.h
         places = columns_of(self.h, where.c)
-        # The registers of what was loaded before: there are none to spare.
-        pieces = [
-            m.load(refs["qkv"], start + at, 2, words, is_new, known)
-            for (at, words), known in zip(places, old, strict=True)
+        # There are no others to spare.
+        return [
+            m.load(refs["qkv"], start + at, 2, words, is_new, known, offset)
+            for (at, offset, words), known in zip(places, old, strict=True)
         ]
-        angles = rotary.load_angles(m, refs, token, self.half, where.c, is_new)
-        turned = rotary.rotate(m, pieces, angles, self.half, where.c)
-        write = is_new & where.tile.equals(0)
-        for (column, _), words in zip(places, turned, strict=True):
-            m.store(refs["keys"], (where.first + row) * self.h + column, 2, words, write)
+
+    def _place_key(self, m, refs, where, row, is_new, pieces):
+        """Rotates a new key, which tile 0 writes; others are as they were."""
+        token, places = self._token(m, where, row), columns_of(self.h, where.c)
+        turned = self._turned(m, refs, token, pieces, where.c, is_new)
+        write, start = is_new & where.tile.equals(0), (where.first + row) * self.h
+        for (at, offset, _), words in zip(places, turned, strict=True):
+            m.store(refs["keys"], start + at, 2, words, write, offset)
         return _chosen(m, is_new, turned, pieces)
+
+    def _turned(self, m, refs, token, pieces, c, there=None):
+        """A row of the product's, rotated."""
+        angles = rotary.load_angles(m, refs, token, self.half, c, there)
+        return rotary.rotate(m, pieces, angles, self.half, c)
 
     def _new_value(self, m, refs, where, row, old):
         """A lane's columns of a row of values likewise, scaled."""
-        is_new = self._is_new(m, where, row)
-        base = self._head(self._token(m, where, row), where.kv) + (self.group + 1) * self.h
-        write, scaled, pieces = is_new & where.tile.equals(0), [], []
-        for (column, width), known in zip(self.columns, old, strict=True):
-            at = where.g * width + column
-            words = m.load(refs["qkv"], base + at, 2, width // 2, is_new, known)
-            pieces.append(words)
+        is_new, base = self._is_new(m, where, row), self._new_values_row(m, where, row)
+        pieces = [
+            m.load(refs["qkv"], base + where.g * width, 2, width // 2, is_new, known, column)
+            for (column, width), known in zip(self.columns, old, strict=True)
+        ]
+        return self._place_value(m, refs, where, row, is_new, pieces)
+
+    def _new_values_row(self, m, where, row):
+        """First element of the values, as projected, that come to a row of the ring."""
+        return self._head(self._token(m, where, row), where.kv) + (self.group + 1) * self.h
+
+    def _place_value(self, m, refs, where, row, is_new, pieces):
+        """Scales a lane's columns of new values, which tile 0 writes; others are as they were."""
+        write, placed = is_new & where.tile.equals(0), []
+        for (column, width), words in zip(self.columns, pieces, strict=True):
+            at = (where.first + row) * self.v + where.g * width
             words = rotary.scaled(m, words, self.scale)
-            m.store(refs["values"], (where.first + row) * self.v + at, 2, words, write)
-            scaled.append(words)
-        return _chosen(m, is_new, scaled, pieces)
+            m.store(refs["values"], at, 2, words, write, column)
+            placed.append(words)
+        return _chosen(m, is_new, placed, pieces)
 
 
 def _chosen(m, condition, new, old):

@@ -25,7 +25,7 @@ def load_angles(m, refs, row, half: int, c, there=None):
         return [
             word
             for i in (0, 4)
-            for word in m.load(refs[name], row * half + column + i, 4, 4, there)
+            for word in m.load(refs[name], row * half + column, 4, 4, there, offset=i)
         ]
 
     return [

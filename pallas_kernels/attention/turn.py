@@ -61,7 +61,10 @@ class Turn:
         sequence, slot = token // of.t, token % of.t
         first = part * ((of.group + 1) * of.h + of.v)
         columns = columns_of(of.h, c)
-        pieces = [m.load(refs["qkv"], first + head * of.h + at, 2, n) for at, n in columns]
+        pieces = [
+            m.load(refs["qkv"], first + head * of.h + at, 2, words, offset=offset)
+            for at, offset, words in columns
+        ]
         angles = rotary.load_angles(m, refs, token, self.half, c)
         (start,) = m.load(refs["start"], sequence, 4, 1)
         (live,) = m.load(refs["live"], sequence, 4, 1)
@@ -71,17 +74,20 @@ class Turn:
         query = ((sequence * of.k + kv) * of.rows + slot * of.group + head) * of.h
         pieces = rotary.rotate(m, pieces, angles, self.half, c)
         is_query = there & (m.const(of.group) > head)
-        for (at, _), words in zip(columns, pieces, strict=True):
-            m.store(refs["out"], query + at, 2, words, is_query)
-            m.store(refs["keys"], row * of.h + at, 2, words, is_key)
+        for (at, offset, _), words in zip(columns, pieces, strict=True):
+            m.store(refs["out"], query + at, 2, words, is_query, offset)
+            m.store(refs["keys"], row * of.h + at, 2, words, is_key, offset)
 
     def _values(self, m, refs, first, row, c, where):
         """Scales and writes a row of values: the lanes that have its key."""
         columns = columns_of(self.attention.v, c)
-        loaded = [m.load(refs["qkv"], first + at, 2, n, where) for at, n in columns]
-        for (at, _), words in zip(columns, loaded, strict=True):
+        loaded = [
+            m.load(refs["qkv"], first + at, 2, words, where, offset=offset)
+            for at, offset, words in columns
+        ]
+        for (at, offset, _), words in zip(columns, loaded, strict=True):
             words = rotary.scaled(m, words, self.scale)
-            m.store(refs["values"], row * self.attention.v + at, 2, words, where)
+            m.store(refs["values"], row * self.attention.v + at, 2, words, where, offset)
 
     def call(self, qkv, cos, sin, keys, values, start, live):
         """Launches; writes to the references `keys` and `values`, returns [b, k, rows, h]."""

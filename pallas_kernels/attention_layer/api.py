@@ -34,6 +34,7 @@ def attention_layer(
     window: int,
     value_scale: float,
     epsilon: float,
+    ahead: Shaped[Array, "..."] | None = None,
     implementation: str = "auto",
     elsewhere: Callable | None = None,
 ):
@@ -62,6 +63,7 @@ def attention_layer(
       window: keys that a query sees.
       value_scale: of values.
       epsilon: of the norm.
+      ahead: an array that a later kernel reads; brought to the L2 cache at the end.
       implementation: "auto", or the name of one, which then runs or raises.
       elsewhere: with "auto", what takes the reference's place; of all arguments up to output_scale.
 
@@ -85,9 +87,9 @@ def attention_layer(
         return reference(*arguments)
     return choose(
         implementation,
-        (*arguments, flags),
+        (*arguments, flags, ahead),
         kernel=functools.partial(_kernel, word=word, **options),
-        reference=lambda *arguments: reference(*arguments[:-1]),
+        reference=lambda *arguments: reference(*arguments[:-2]),
         refusal=_refusal(arguments, flags, window, value_scale),
         without="A window layer's attention runs in several launches",
     )

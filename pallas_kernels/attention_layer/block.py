@@ -23,11 +23,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.ring_block import RingBlock
 from pallas_kernels.linear.block import Block
-from pallas_kernels.linear.plan import FINISHER_REGISTERS, Plan
-from pallas_kernels.roles import run_roles
+from pallas_kernels.linear.plan import Plan
+from pallas_kernels.roles import consumer_registers, run_roles
 
 SHARED_BYTES = 225 * 1024
 """Of 227 KB that a thread block can have; the rest is for barriers."""
+FINISHER_REGISTERS = 40
+"""Less than a `linear` has: those that attend need more."""
 PROJECTED, THERE = 0, 4
 """Words at which blocks meet; not in one sector of the cache."""
 
@@ -71,6 +73,8 @@ class Layer:
         for part, name in ((first, "qkv_scale"), (second, "output_scale")):
             if name in refs:
                 part["scale"] = refs[name]
+        if "ahead" in refs:
+            second["ahead"] = refs["ahead"]
         return common | first, common | second
 
     @property
@@ -89,6 +93,7 @@ class Layer:
         first, second = self.parts(refs)
         self.projection.copy_stages(first)
         self.output.copy_stages(second)
+        self.output.bring_ahead(second)
         self.output.see_stages_read(second)
 
     def consume(self, refs):
@@ -101,7 +106,6 @@ class Layer:
 
         @pl.when(attends)
         def _():
-            hooks.wait(refs["projected"], 0, 0)
             self.together.attend(self.ring, refs, block)
             hooks.arrive(refs["attended"], 0)
 
@@ -131,7 +135,8 @@ class Layer:
     def run(self, refs):
         """The kernel: each warpgroup takes its role and its share of the registers."""
         refs = refs | self.output.hooks.make_barriers(refs, self.barriers)
-        run_roles(self, refs, self.output.plan.registers, FINISHER_REGISTERS)
+        registers = consumer_registers(self.consumers, FINISHER_REGISTERS)
+        run_roles(self, refs, registers, FINISHER_REGISTERS)
 
     def scratch_types(self, dtype) -> dict:
         """Ring, sums, the norm, what attention's warps leave, barriers."""

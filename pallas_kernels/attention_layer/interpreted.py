@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.reference import block_attention_reference
 
@@ -30,6 +31,7 @@ class Together:
 
     def attend(self, ring, refs, block):
         """A tile's rows of the reference's heads; the caches stay as they are."""
+        plgpu.barrier_wait(refs["projected"].at[0])
         group = lax.axis_index("wg")
         qkv = refs["qkv_seen"][...].reshape(ring.b, ring.t, ring.k, -1)
         names = ("cos", "sin", "keys", "values", "start", "live")

@@ -8,7 +8,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import ptx
+from pallas_kernels import barriers, ptx
 from pallas_kernels.attention.machine import Machine, Reg
 from pallas_kernels.expert_ffn.grid import first_step
 
@@ -29,6 +29,18 @@ xor.b32 now, now, $1;
 setp.ge.s32 p, now, 0;
 @p bra WAIT;
 }"""
+
+
+class WaitingMachine(Machine):
+    """A block's threads that wait, once, for what other blocks write."""
+
+    def __init__(self, threads: int, told, number: int):
+        super().__init__(threads)
+        self.told, self.number = told, number
+
+    def wait(self) -> None:
+        """Returns when it can be read."""
+        barriers.wait_here(self.told, self.number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +85,21 @@ class Together:
         self._on_machine(ring, ring.bring, refs, block)
 
     def attend(self, ring, refs, block):
-        """A tile of attention, by the first warpgroups of a block."""
+        """A tile of attention, by the first warpgroups of a block, once all is projected."""
         self._on_machine(ring, ring.run, refs, block)
 
     def _on_machine(self, ring, function, refs, block):
+        told, barrier = refs["projected"]
         taken = ("cos", "sin", "keys", "values", "start", "live", "sink")
         memory = {name: refs[name] for name in taken if name in refs}
         memory |= dict(qkv=refs["qkv_seen"], out=refs["heads"])
         memory |= {name: refs[f"ring_{name}"] for name in ring.shared}
-        kinds = (*[plgpu.RefType()] * len(memory), plgpu.Layout.WG_SPLAT)
+        kinds = (*[plgpu.RefType()] * (len(memory) + 1), plgpu.Layout.WG_SPLAT)
 
         @plgpu.inline_mgpu(arg_types=kinds)
         def run(_, *given):
-            *found, block = given
-            machine = Machine(128 * ring.warpgroups)
+            *found, told, block = given
+            machine = WaitingMachine(128 * ring.warpgroups, told, barrier)
             function(machine, Reg(ptx.scalar(block)), dict(zip(memory, found, strict=True)))
 
-        run(*memory.values(), block)
+        run(*memory.values(), told, block)

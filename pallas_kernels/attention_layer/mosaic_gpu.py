@@ -15,27 +15,32 @@ from pallas_kernels.linear.plan import Plan
 
 _WARPS = (16, 12, 8, 4)
 _PARTS = (1, 2, 3, 4, 6, 8)
+_LEAST_BYTES = 8 << 10
+_MOST_BYTES = {2: 32 << 10, 1: 24 << 10}
+"""Of a stage, by the tiles of a step."""
 
 
 @functools.cache
 def plans_for(rows: int, columns: int, itemsize: int, d: int, inner: int, output_itemsize: int):
     """Plans of [rows, columns] and [d, inner] whose stages are of the same bytes, or two Nones.
 
-    Of as many warps, one tile a step, and stages of 8 to 24 KB.
+    Of as many warps, and with two tiles a step, unless that were a single step of the first: a warp
+    waits half as often for a stage, and for what it loads.
     """
     for warps in _WARPS:
-        firsts = [_try(rows, columns, itemsize, warps, parts) for parts in _PARTS]
-        seconds = [_try(d, inner, output_itemsize, warps, parts) for parts in _PARTS]
-        for first, second in itertools.product(filter(None, firsts), list(filter(None, seconds))):
-            alike = first.stage_bytes == second.stage_bytes
-            if alike and 8 << 10 <= first.stage_bytes <= 24 << 10:
-                return first, second
+        for tiles, most in _MOST_BYTES.items():
+            firsts = [_try(rows, columns, itemsize, warps, parts, tiles) for parts in _PARTS]
+            seconds = [_try(d, inner, output_itemsize, warps, parts, tiles) for parts in _PARTS]
+            for first, second in itertools.product(filter(None, firsts), [*filter(None, seconds)]):
+                alike = first.stage_bytes == second.stage_bytes
+                if alike and first.steps >= tiles and _LEAST_BYTES <= first.stage_bytes <= most:
+                    return first, second
     return None, None
 
 
-def _try(rows, columns, itemsize, warps, parts) -> Plan | None:
+def _try(rows, columns, itemsize, warps, parts, tiles) -> Plan | None:
     try:
-        return Plan(rows, columns, itemsize, 1, warps, parts)
+        return Plan(rows, columns, itemsize, 1, warps, parts, tiles)
     except ValueError:
         return None
 
@@ -67,6 +72,7 @@ _STATIC = ("word", "window", "value_scale", "epsilon", "plans", "stages", "inter
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def attention_layer_mosaic(
     h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output, output_scale, flags,
+    ahead=None,
     *, word=0, window, value_scale, epsilon, plans=None, stages=None, interpret=None, hooks=None,
     seen=None,
 ):  # fmt: skip
@@ -81,7 +87,8 @@ def attention_layer_mosaic(
     cuts = cuts if plans is None else Cuts(*plans, cuts.ring)
     if (why := cuts.misfit()) is not None:
         raise ValueError(f"attention_layer cannot take {why}.")
-    layer = make_layer(cuts, (qkv_scale, output_scale), epsilon, hooks, stages, word)
+    ahead_bytes = 0 if ahead is None else ahead.nbytes
+    layer = make_layer(cuts, (qkv_scale, output_scale), epsilon, hooks, stages, word, ahead_bytes)
     held = [x if interpret else jax.new_ref(x) for x in (keys, values)]
     inputs = dict(
         h=h.reshape(-1, h.shape[-1]),
@@ -91,7 +98,7 @@ def attention_layer_mosaic(
         **dict(zip(("keys", "values"), held, strict=True)),
         **dict(cos=cos, sin=sin, start=start, live=live, flags=flags),
     )
-    more = dict(qkv_scale=qkv_scale, output_scale=output_scale, sink=sink)
+    more = dict(qkv_scale=qkv_scale, output_scale=output_scale, sink=sink, ahead=ahead)
     inputs |= {name: x for name, x in more.items() if x is not None}
     found = layer.call(inputs, seen or {}, interpret)
     return found, *(x if interpret else jax.freeze(x) for x in held)
@@ -101,7 +108,9 @@ def _cut(plan: Plan, weight):
     return weight.reshape(plan.rows, plan.split, plan.parts, plan.warps, plan.part_columns)
 
 
-def make_layer(cuts: Cuts, scales, epsilon, hooks=None, stages=None, word=0) -> Layer:
+def make_layer(
+    cuts: Cuts, scales, epsilon, hooks=None, stages=None, word=0, ahead_bytes=0
+) -> Layer:
     """The launch; arguments as of `attention_layer_mosaic`."""
     if hooks is None:
         from pallas_kernels.attention_layer.lanes import Together
@@ -118,6 +127,6 @@ def make_layer(cuts: Cuts, scales, epsilon, hooks=None, stages=None, word=0) -> 
     before = first.copies, first.steps
     # The heads are written during the launch.
     own = lanes(second, t, units[1], constant=False)
-    output = Block(second, own, before=before, ring=stages)
+    output = Block(second, own, ahead_bytes, before=before, ring=stages)
     blocks = max(first.groups, second.groups, ring.b * ring.k * ring.tiles)
     return Layer(projection, ring, output, together(blocks), blocks, word)

@@ -3,9 +3,16 @@
 Beside the warps that multiply there are not registers enough for a `RingBlock`'s order, in which
 all of a warp's keys and values are loaded at once. Here they come from the L2 cache, where they
 were brought while the projection was under way.
+
+One trip to that cache takes longer than all that is computed, so that few of them must follow one
+another. The ring's keys do not depend on the projection, and are loaded before it is waited for.
+What the first-level cache held is lost with the wait, which acquires what other blocks wrote. Then
+come queries, new keys and angles, as far as registers allow at once, and values, new or not.
 """
 
 import dataclasses
+import functools
+import operator
 
 from pallas_kernels.attention.ring import KEYS, Place
 from pallas_kernels.attention.ring_block import RingBlock
@@ -36,24 +43,28 @@ class NarrowRing(RingBlock):
         g, c = lane // 4, lane % 4
         tile, head = block % self.tiles, block // self.tiles
         sequence, kv = head // self.k, head % self.k
-        row = tile * self.rows + g
-        query = self._ready(m, self._query(m, refs, sequence, kv, row, c), c)
+        row, first = tile * self.rows + g, head * self.s
         (start,) = m.load(refs["start"], sequence, 4, 1)
         (live,) = m.load(refs["live"], sequence, 4, 1)
-        first, last = head * self.s, start + live - 1
-        where = Place(sequence, kv, tile, first, start, last, g, c)
         own = [warp * KEYS + g + 8 * i for i in (0, 1)]
         mine = [warp * KEYS + c * 2 + place for place in (0, 1, 8, 9)]
-        scores = [self._scores(m, [query], self._fresh_key(m, refs, where, r)) for r in own]
-        positions = [self._position(m, last, r) for r in mine]
-        used = [(p >= 0) & (p > start - self.window) for p in positions]
-        token = row // self.group
-        seen = [
-            use & (p <= start + token) & (p > start + token - self.window)
-            for p, use in zip(positions, used, strict=True)
+        keys = [self._key(m, refs, first, r, c) for r in own]
+        where = Place(sequence, kv, tile, first, start, start + live - 1, g, c)
+        m.wait()
+        query, token = self._query_pieces(m, refs, sequence, kv, row, c)
+        new = [self._is_new(m, where, r) for r in own]
+        keys = [
+            self._load_new_key(m, refs, where, r, is_new, key)
+            for r, is_new, key in zip(own, new, keys, strict=True)
         ]
+        query = self._turned(m, refs, token, query, c)
+        keys = self._placed(m, new, self._place_key, refs, where, own, keys)
+        scores = [self._scores(m, [query], key) for key in keys]
+        value = self._newest_values(m, refs, where, mine)
+        used, seen = self._visible(m, where, row // self.group, mine)
         tops, totals, weights = self._soften(m, scores, [seen])
-        value = self._fresh_values(m, refs, where, mine)
+        new = [self._is_new(m, where, r) for r in mine]
+        value = self._placed(m, new, self._place_value, refs, where, mine, value)
         # What no row of the block sees may be anything, NaN too: 0 times NaN is not 0.
         value = [
             [[m.where(use, word, m.const(0)) for word in piece] for piece in words]
@@ -64,34 +75,58 @@ class NarrowRing(RingBlock):
         m.barrier()
         self._finish(m, refs, sequence, kv, tile)
 
-    def _fresh_key(self, m, refs, where, row):
-        """A lane's pieces of a ring's row, or of the block's own key for it."""
-        old, is_new = self._key(m, refs, where.first, row, where.c), self._is_new(m, where, row)
+    def _visible(self, m, where, token, rows):
+        """Which rows of the ring some row of the block may see, and which its `token`-th sees."""
+        positions = [self._position(m, where.last, row) for row in rows]
+        used = [(p >= 0) & (p > where.start - self.window) for p in positions]
+        last = where.start + token
+        seen = [
+            use & (p <= last) & (p > last - self.window)
+            for p, use in zip(positions, used, strict=True)
+        ]
+        return used, seen
 
-        def renewed():
-            return _flat(self._new_key(m, refs, where, row, is_new, old))
+    def _newest_values(self, m, refs, where, rows):
+        """Starts to load a lane's columns of rows of values: the ring's, or the block's own."""
+        found = []
+        for row in rows:
+            is_new, base = self._is_new(m, where, row), self._new_values_row(m, where, row)
+            held = (where.first + m.minimum(row, self.s - 1)) * self.v
+            found.append(
+                [
+                    m.load_either(
+                        is_new,
+                        (refs["qkv"], base + where.g * width),
+                        (refs["values"], held + where.g * width),
+                        2,
+                        width // 2,
+                        column,
+                    )
+                    for column, width in self.columns
+                ]
+            )
+        return found
 
-        return _like(old, m.branch(m.any(is_new), renewed, _flat(old)))
+    def _placed(self, m, new, place, refs, where, rows, held):
+        """Lanes' pieces of rows; the block's own as they go to the ring, by `place`."""
 
-    def _fresh_values(self, m, refs, where, rows):
-        """A lane's columns of some rows of values likewise."""
-        old = [self._value(m, refs, where.first, row, where.g) for row in rows]
-        new = [self._is_new(m, where, row) for row in rows]
-        some = new[0] | new[1] | new[2] | new[3]
+        def placed():
+            found = [
+                place(m, refs, where, row, is_new, pieces)
+                for row, is_new, pieces in zip(rows, new, held, strict=True)
+            ]
+            return [word for pieces in found for word in _flat(pieces)]
 
-        def renewed():
-            pairs = zip(rows, old, strict=True)
-            return [w for row, o in pairs for w in _flat(self._new_value(m, refs, where, row, o))]
-
-        found = iter(m.branch(m.any(some), renewed, [w for row in old for w in _flat(row)]))
-        return [_like(row, found) for row in old]
+        some = functools.reduce(operator.or_, new)
+        words = m.branch(m.any(some), placed, [w for pieces in held for w in _flat(pieces)])
+        return _like(held, words)
 
 
 def _flat(pieces) -> list:
     return [word for piece in pieces for word in piece]
 
 
-def _like(pieces, words) -> list:
-    """Words in pieces as long as those."""
+def _like(rows, words) -> list:
+    """Words in pieces as long as those of some rows."""
     words = iter(words)
-    return [[next(words) for _ in piece] for piece in pieces]
+    return [[[next(words) for _ in piece] for piece in row] for row in rows]

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from pallas_kernels.expert_ffn.layout import Plan
 from pallas_kernels.expert_ffn.slots import TOKENS
-from pallas_kernels.roles import PRODUCER_REGISTERS, run_roles
+from pallas_kernels.roles import consumer_registers, run_roles
 
 SHARED_BYTES = 226 * 1024
 """Of 227 KB that a thread block can have; the rest is for barriers."""
@@ -246,7 +246,8 @@ class Block:
     def run(self, refs):
         """The kernel: each warpgroup takes its role and its share of the registers."""
         refs = refs | self.work.hooks.make_told(refs, self.told)
-        run_roles(self, refs, consumer_registers(self.consumers), FINISHER_REGISTERS)
+        registers = consumer_registers(self.consumers, FINISHER_REGISTERS)
+        run_roles(self, refs, registers, FINISHER_REGISTERS)
 
     @property
     def told(self) -> tuple[tuple[str, int, int], ...]:
@@ -298,12 +299,6 @@ class Block:
             interpret=interpret,
         )
         return kernel(*inputs.values(), weights)
-
-
-def consumer_registers(groups: int) -> int:
-    """What a launch gives, less the producer's and the finisher's, for a consumer's thread."""
-    launched = 65536 // (128 * (groups + 2)) // 8 * 8 * (groups + 2)
-    return min(232, (launched - PRODUCER_REGISTERS - FINISHER_REGISTERS) // groups // 8 * 8)
 
 
 def place(ring, stage, weights):

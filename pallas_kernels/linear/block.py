@@ -11,8 +11,9 @@ Barriers, and why nothing can wait for ever. A block never waits for another one
   finisher waits. `taken[b]`: the finisher arrives when it has read them; consumers wait before they
   write the buffer again, two steps later.
 - with a norm: `norm_full`, armed by the producer for the norm's weight before all stages, and
-  `normed`, at which each consumer warpgroup arrives when its sums of squares are written; each
-  waits once for both.
+  `normed`, at which each consumer warpgroup arrives when its sums of squares are written, which
+  needs loads alone; each waits once for both, and the producer for `normed`, before all copies but
+  the first.
 
 All loops count the same steps: they depend on the plan alone. Who waits says for which of a
 barrier's phases, by its parity; the next one cannot end before all have gone on (for `full`, the
@@ -32,6 +33,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear.plan import FINISHER_REGISTERS, Plan
 from pallas_kernels.roles import run_roles
+
+EARLY_BYTES = 64 << 10
+"""Of the copies that begin before x is there, in a launch with a norm. Ordinary loads queue behind
+all copies under way: half of a layer's blocks had x after 5.3 us with a ring full of them, after
+2.2 with 32 KB, after 1.6 with none (an H200; `docs/results/attention-line-h200.json`). With none
+memory is idle until then; with 64 KB the layer took least."""
 
 
 @typing.runtime_checkable
@@ -117,6 +124,11 @@ class Block:
         """Whether no place of the ring is used twice."""
         return self.ring is None and self.plan.once
 
+    @property
+    def early(self) -> int:
+        """Copies that begin before x is there, if there are more."""
+        return max(1, EARLY_BYTES // self.plan.stage_bytes)
+
     def in_ring(self, copy):
         """The place of a copy, and how often it was used before."""
         copy = copy + self.before[0] if self.before[0] else copy
@@ -135,13 +147,8 @@ class Block:
 
     def produce(self, refs):
         """Copies all stages, and waits until they are read."""
-        plan, hooks = self.plan, self.hooks
         self.copy_stages(refs)
-        if "ahead" in refs:
-            # Not before this block has all its own weights.
-            turn, stage = divmod(plan.copies - 1, self.stages)
-            hooks.wait(refs["full"], jnp.int32(stage), jnp.int32(turn))
-            hooks.prefetch(refs["ahead"], self.ahead_bytes, lax.axis_index("cta"))
+        self.bring_ahead(refs)
         self.see_stages_read(refs)
 
     def copy_stages(self, refs):
@@ -154,7 +161,10 @@ class Block:
         def visit(step, rows):
             row = first_row + step * plan.step_rows
             for part in range(plan.parts):
-                stage, turn = self.in_ring(step * plan.parts + part)
+                copy = step * plan.parts + part
+                stage, turn = self.in_ring(copy)
+                if "norm" in refs:
+                    self.wait_if(copy == self.early, refs["normed"], 0, 0)
                 if not self.once:
                     self.wait_if(turn > 0, refs["empty"], stage, turn - 1)
                 target = refs["ring"].at[stage]
@@ -164,6 +174,13 @@ class Block:
         lax.fori_loop(0, whole, lambda step, _: visit(step, plan.step_rows), None)
         if whole < plan.steps:
             visit(jnp.int32(whole), plan.last_rows)
+
+    def bring_ahead(self, refs):
+        """Starts to bring what is read next nearer, once this block has all its own weights."""
+        if "ahead" in refs:
+            last = self.in_ring(jnp.int32(self.plan.copies - 1))
+            self.hooks.wait(refs["full"], *last)
+            self.hooks.prefetch(refs["ahead"], self.ahead_bytes, lax.axis_index("cta"))
 
     def see_stages_read(self, refs):
         """Waits for the last reads of each place of the ring."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 
-from pallas_kernels.roles import PRODUCER_REGISTERS
+from pallas_kernels.roles import consumer_registers
 
 SEGMENT = 128
 """Columns whose products are summed by themselves; FP8's tiles are as wide."""
@@ -164,11 +164,8 @@ class Plan:
 
     @property
     def registers(self) -> int:
-        """Of a thread that multiplies: what a launch gives, less the other warpgroups' share."""
-        groups = self.warps // 4
-        launched = 65536 // (128 * (groups + 2)) // 8 * 8 * (groups + 2)
-        left = launched - PRODUCER_REGISTERS - FINISHER_REGISTERS
-        return min(232, left // groups // 8 * 8)
+        """Of a thread that multiplies."""
+        return consumer_registers(self.warps // 4, FINISHER_REGISTERS)
 
     @property
     def tokens(self) -> int:

@@ -34,6 +34,7 @@ def abstract(d: int, heads: int, t: int, output_fp8: bool = False) -> dict:
         output=array(d, heads * 128, dtype=codes if output_fp8 else jnp.bfloat16),
         output_scale=output_scale,
         flags=array(8, dtype=jnp.uint32),
+        ahead=array(384, d),
     )
 
 

@@ -14,7 +14,7 @@ pytestmark = [
 ]
 KERNELS = ["expert_down", "expert_gate_up"]
 LAYERS = 24
-MOST_SPILLED = 600
+MOST_SPILLED = 300
 
 
 @pytest.mark.parametrize("case", ["pro_tp8", "pro", "nano", "prefill"])
@@ -103,6 +103,7 @@ def test_the_plan_estimates_the_temporaries(case, max_len):
 
 def test_a_kernel_that_spills_is_seen(tmp_path):
     (tmp_path / "expert_down_0.ptxas").write_text(
+        "ptxas warning : Registers are spilled, 8 bytes spill stores, 4 bytes spill loads\n"
         "ptxas info: Compiling entry function 'k' for 'sm_90a'\n"
         "    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
         "ptxas info: Used 168 registers, used 1 barriers\n"

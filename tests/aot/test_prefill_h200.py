@@ -23,7 +23,7 @@ def test_a_chunk_is_one_launch_without_spills(case):
 def test_three_warpgroups_hardly_spill():
     """A way to launch that benchmarks try; a few words."""
     found = report("prefill_cases_h200:full_pro_3")
-    assert found.launches == 1 and found.kernels[0].spilled_bytes <= 128
+    assert found.launches == 1 and found.kernels[0].spilled_bytes <= 64
 
 
 def test_a_key_value_heads_stack_is_not_copied():

@@ -39,7 +39,7 @@ def test_the_rounds_of_a_rank_are_one_graph_of_few_kernels(case):
     assert found.launches > 5 * (LAYERS - 1)
     assert len(found.graphs[0]) < MOSTS[case]
     # What spills are counters, not what is multiplied.
-    assert all(kernel.spilled_bytes < 200 for kernel in found.kernels)
+    assert all(kernel.spilled_bytes < 100 for kernel in found.kernels)
     # No scores in memory, of a million tokens either.
     assert found.temporaries < (1e8 if case == "drafted_long" else 1e7)
 

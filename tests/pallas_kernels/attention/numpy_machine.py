@@ -8,10 +8,15 @@ from numpy_threads import NumpyThreads, reg
 
 
 class NumpyMachine(NumpyThreads):
-    """The threads of one block; its shared memory is plain arrays of float32."""
+    """The threads of one block; its shared memory is plain arrays of float32.
 
-    def __init__(self, threads: int):
+    What `awaited` has, pairs of arrays, comes from the second to the first with `wait`.
+    """
+
+    def __init__(self, threads: int, awaited=()):
         super().__init__(threads)
+        self.awaited = awaited
+        self.threads = threads
         self.thread = reg(self.every.astype(np.int32))
 
     def load_shared(self, ref, index, count):
@@ -22,6 +27,17 @@ class NumpyMachine(NumpyThreads):
 
     def barrier(self):
         pass
+
+    def wait(self):
+        for place, values in self.awaited:
+            place[...] = values
+
+    def load_either(self, condition, one, other, width, words, offset=0):
+        found = [
+            self.load(ref, index, width, words, where, offset=offset)
+            for (ref, index), where in ((one, condition), (other, ~condition))
+        ]
+        return [self.where(condition, a, b) for a, b in zip(*found, strict=True)]
 
     def to_float(self, value):
         return reg(np.asarray(value).astype(np.float32))

@@ -8,14 +8,21 @@ from numpy_machine import NumpyMachine
 NAMES = ("qkv", "cos", "sin", "keys", "values", "start", "live", "sink")
 
 
-def run(shape, arguments, backwards=False):
-    """All thread blocks, one after another, in either order; what nobody writes is NaN."""
+def run(shape, arguments, backwards=False, late=False):
+    """All thread blocks, one after another, in either order; what nobody writes is NaN.
+
+    If `late`, so is the projection until a block has waited for it.
+    """
     refs = {k: x for k, x in zip(NAMES, arguments, strict=True) if x is not None}
-    refs |= dict(keys=refs["keys"].copy(), values=refs["values"].copy())
+    qkv = refs["qkv"]
+    refs |= {name: refs[name].copy() for name in ("qkv", "keys", "values")}
     refs["out"] = np.full((shape.b, shape.t, shape.n, shape.v), np.nan, BF16)
     blocks = range(shape.b * shape.k * shape.tiles)
     for block in reversed(blocks) if backwards else blocks:
-        machine = NumpyMachine(128 * shape.warpgroups)
+        awaited = [(refs["qkv"], qkv)] if late else []
+        if late:
+            refs["qkv"][...] = np.nan
+        machine = NumpyMachine(128 * shape.warpgroups, awaited)
         for name, size in shape.shared.items():
             refs[name] = np.full(size, np.nan, np.float32)
         shape.run(machine, machine.const(block), refs)

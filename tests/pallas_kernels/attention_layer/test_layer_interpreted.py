@@ -17,6 +17,7 @@ from attention_layer_cases import Shape, distance, make, options  # noqa: E402
 from pallas_kernels.attention.reference import block_attention_reference  # noqa: E402
 from pallas_kernels.attention_layer.interpreted import Together  # noqa: E402
 from pallas_kernels.attention_layer.mosaic_gpu import attention_layer_mosaic  # noqa: E402
+from pallas_kernels.linear import block  # noqa: E402
 from pallas_kernels.linear.interpreted import Interpreted  # noqa: E402
 from pallas_kernels.linear.plan import Plan  # noqa: E402
 from pallas_kernels.linear.reference import linear_reference  # noqa: E402
@@ -38,7 +39,7 @@ def run(arguments, hooks=(Interpreted, Together)):
     seen = dict(qkv_seen=(1, B * T, SHAPE.rows), heads_seen=(B * T, SHAPE.n * SHAPE.v))
     seen = {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in seen.items()}
     for _ in range(3):
-        found, *_ = attention_layer_mosaic(**arguments, **given, seen=seen)
+        found, *_ = attention_layer_mosaic(**arguments, **given, ahead=arguments["qkv"], seen=seen)
         seen = dict(qkv_seen=found["qkv"], heads_seen=found["heads"])
     return [found[name] for name in NAMES]
 
@@ -55,7 +56,11 @@ def reference(a):
     return product, heads, linear_reference(heads, a["output"], out_dtype=jnp.bfloat16)
 
 
-def test_each_part_matches_its_reference(rng):
+@pytest.mark.parametrize("early", [0, block.EARLY_BYTES])
+def test_each_part_matches_its_reference(early, rng, monkeypatch):
+    """Whether copies wait for x, all but the first, or are so few that none does."""
+    monkeypatch.setattr(block, "EARLY_BYTES", early)
+    attention_layer_mosaic.clear_cache()
     arguments = make(rng, SHAPE, B, T, 41, T)
     for name, out, ref in zip(NAMES, run(arguments), reference(arguments), strict=True):
         assert distance(out.reshape(ref.shape), ref) < TOLERANCE, name

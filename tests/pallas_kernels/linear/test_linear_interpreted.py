@@ -14,7 +14,7 @@ from linear_cases import oracle, random_case
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from pallas_kernels.linear import interpreted, mosaic_gpu  # noqa: E402
+from pallas_kernels.linear import block, interpreted, mosaic_gpu  # noqa: E402
 from pallas_kernels.linear.plan import Plan, plan_for  # noqa: E402
 from pallas_kernels.linear.shapes import SHAPES  # noqa: E402
 
@@ -75,6 +75,31 @@ def test_matches_the_oracle(name, rng):
     # With a norm: another rounding of a few normed values to bfloat16.
     limit = 4e-3 if normed else TOLERANCE
     assert distance(out, oracle(x, weight, scale, norm, 1e-5)) < limit
+
+
+def early(plan):
+    """Copies of a block that do not wait for x."""
+    return block.Block(plan, interpreted.Interpreted(plan, 1)).early
+
+
+def test_copies_that_wait_for_x_give_the_same_bits(rng, monkeypatch):
+    plan = Plan(19, 256, 2, 1, 4, 1, 1, ctas=1)
+    case = random_case(rng, plan, 5)
+    assert early(plan) >= plan.copies
+    first = run(plan, *case)
+    monkeypatch.setattr(block, "EARLY_BYTES", 0)
+    mosaic_gpu.linear_mosaic.clear_cache()
+    assert early(plan) == 1 < plan.copies
+    np.testing.assert_array_equal(run(plan, *case), first)
+
+
+@pytest.mark.parametrize("name", ["pro-qkv", "pro-draft-up", "pro-head", "pro-draft-q"])
+def test_some_copies_and_not_all_go_before_x(name):
+    """A few tens of kilobytes a block are what memory gives until x is there."""
+    shape = SHAPES[name]
+    plan = plan_for(shape.n, shape.d, shape.itemsize)
+    assert early(plan) < plan.copies
+    assert early(plan) * plan.stage_bytes <= block.EARLY_BYTES
 
 
 @pytest.mark.slow
