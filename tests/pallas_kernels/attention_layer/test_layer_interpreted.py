@@ -39,7 +39,7 @@ def run(arguments, hooks=(Interpreted, Together)):
     seen = dict(qkv_seen=(1, B * T, SHAPE.rows), heads_seen=(B * T, SHAPE.n * SHAPE.v))
     seen = {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in seen.items()}
     for _ in range(3):
-        found, *_ = attention_layer_mosaic(**arguments, **given, ahead=arguments["qkv"], seen=seen)
+        found, *_ = attention_layer_mosaic(**arguments, **given, seen=seen)
         seen = dict(qkv_seen=found["qkv"], heads_seen=found["heads"])
     return [found[name] for name in NAMES]
 
