@@ -106,6 +106,7 @@ class Layer:
 
         @pl.when(attends)
         def _():
+            # It waits for `projected` itself, after what it can load before.
             self.together.attend(self.ring, refs, block)
             hooks.arrive(refs["attended"], 0)
 

@@ -12,8 +12,8 @@ Barriers, and why nothing can wait for ever. A block never waits for another one
   write the buffer again, two steps later.
 - with a norm: `norm_full`, armed by the producer for the norm's weight before all stages, and
   `normed`, at which each consumer warpgroup arrives when its sums of squares are written, which
-  needs loads alone; each waits once for both, and the producer for `normed`, before all copies but
-  the first.
+  needs loads alone; each waits once for both. So does the producer for `normed`, after the copies
+  of `EARLY_BYTES`, if there are more.
 
 All loops count the same steps: they depend on the plan alone. Who waits says for which of a
 barrier's phases, by its parity; the next one cannot end before all have gone on (for `full`, the
@@ -38,7 +38,7 @@ EARLY_BYTES = 64 << 10
 """Of the copies that begin before x is there, in a launch with a norm. Ordinary loads queue behind
 all copies under way: half of a layer's blocks had x after 5.3 us with a ring full of them, after
 2.2 with 32 KB, after 1.6 with none (an H200; `docs/results/attention-line-h200.json`). With none
-memory is idle until then; with 64 KB the layer took least."""
+memory is idle until then; with 64 KB the layer's median was least, by less than its spread."""
 
 
 @typing.runtime_checkable
