@@ -78,7 +78,8 @@ def test_three_arms_of_two_seeds(tmp_path, rng, capsys):
     both = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert both["seeds"] == [3, 4] and (tmp_path / "runs/seed-3.json").stat().st_mtime_ns == stamp
     bits = both["bits_per_byte"]
-    assert len({bits[arm]["values"][0] for arm in ARMS}) == 4
+    # Of both seeds: float32 sums over 144 tokens of two arms are equal once in a while.
+    assert len({tuple(bits[arm]["values"]) for arm in ARMS}) == 4
     assert bits["bf16"]["values"][0] != bits["bf16"]["values"][1]
     for seed in both["training"]:
         # The same number of tokens for both arms, from the same step.
