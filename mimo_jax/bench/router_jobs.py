@@ -74,51 +74,48 @@ def check(rng, job: Job):
     shape, t = SHAPES[job["shape"]], job["t"]
     key = jax.random.key(int(rng.integers(1 << 30)))
     ((weight, bias),) = random_weights(key, shape, 1)
-    h, update = (jnp.asarray(rng.normal(size=(t, shape.d)), jnp.bfloat16) for _ in range(2))
+    h = jnp.asarray(rng.normal(size=(t, shape.d)), jnp.bfloat16)
     norm = jnp.asarray(rng.normal(size=shape.d), jnp.bfloat16)
     counter = new_counter()
 
-    def run(h, update):
-        found = route_mosaic(
-            h, norm, weight, bias, update, None, counter, choices=shape.c, epsilon=_EPSILON
-        )
+    def run(h):
+        options = dict(choices=shape.c, epsilon=_EPSILON)
+        found = route_mosaic(h, norm, weight, bias, None, counter, **options)
         return [np.asarray(part) for part in found]
 
     poison()
-    first = run(h, update)
+    first = run(h)
     moved = sum(
-        any((a != b).any() for a, b in zip(first, run(h, update), strict=True))
-        for _ in range(_RUNS)
+        any((a != b).any() for a, b in zip(first, run(h), strict=True)) for _ in range(_RUNS)
     )
     own = 0
     for _ in range(_DRAWS):
         slots = int(rng.integers(1, 17))
         row, slot = rng.integers(t), rng.integers(slots)
-        block = jnp.asarray(rng.normal(size=(2, slots, shape.d)), jnp.bfloat16)
-        found = run(*(b.at[slot].set(a[row]) for a, b in zip((h, update), block, strict=True)))
+        block = jnp.asarray(rng.normal(size=(slots, shape.d)), jnp.bfloat16)
+        found = run(block.at[slot].set(h[row]))
         own += all(np.array_equal(a[slot], b[row]) for a, b in zip(found, first, strict=True))
     yield {
         **{k: job[k] for k in ("shape", "t")},
-        **compare(first, h, norm, update, weight, bias, shape.c),
+        **compare(first, h, norm, weight, bias, shape.c),
         "counter": int(counter[0]), "same_bits": not moved, "runs_that_moved": moved,
         "independent": f"{own}/{_DRAWS}",
     }  # fmt: skip
 
 
-def compare(found, h, norm, update, weight, bias, c: int) -> dict:
+def compare(found, h, norm, weight, bias, c: int) -> dict:
     """Distances, and choices that float64 would not make: XLA's are those of unrounded rows."""
-    x, ids, weights, stream = found
+    x, ids, weights = found
     wide = x.astype(np.float64) @ np.asarray(weight, np.float64).T
     scores = 1 / (1 + np.exp(-wide))
     total = scores + np.asarray(bias, np.float64)
     order = np.argsort(-total, axis=1, kind="stable")[:, :c]
     gap = np.take_along_axis(total, order, axis=1) - np.take_along_axis(total, ids, axis=1)
     shares = np.take_along_axis(scores, ids, axis=1)
-    reference = route_reference(h, norm, weight, bias, update, None, choices=c, epsilon=_EPSILON)
+    reference = route_reference(h, norm, weight, bias, choices=c, epsilon=_EPSILON)
     return {
         "distance": distance(weights, shares / shares.sum(1, keepdims=True)),
         "x_distance": distance(x.astype(np.float32), np.asarray(reference[0], np.float32)),
-        "stream_equal": bool(np.array_equal(stream, np.asarray(h + update))),
         "wrong_choices": int((np.abs(gap) > _TIE).sum()),
         "ties": int(((ids != order) & (np.abs(gap) <= _TIE)).sum()),
         "distinct": all(len(set(row)) == c for row in ids.tolist()),
@@ -128,15 +125,15 @@ def compare(found, h, norm, update, weight, bias, c: int) -> dict:
 # --- time -----------------------------------------------------------------------------------------
 
 
-def one(h, update, norm, weight, bias, counter, way, plan, c):
-    """One layer's normed rows, ids, weights and stream."""
+def one(h, norm, weight, bias, counter, way, plan, c):
+    """One layer's normed rows, ids and weights."""
     options = dict(choices=c, epsilon=_EPSILON)
     if way == "kernel":
-        return route_mosaic(h, norm, weight, bias, update, None, counter, plan=plan, **options)
+        return route_mosaic(h, norm, weight, bias, None, counter, plan=plan, **options)
     if way == "xla":
-        return route_reference(h, norm, weight, bias, update, None, **options)
+        return route_reference(h, norm, weight, bias, **options)
     ids = jnp.zeros((h.shape[0], c), jnp.int32)
-    return h, ids, jnp.zeros(ids.shape, jnp.float32) + update[0, 0].astype(jnp.float32), update
+    return h, ids, jnp.zeros(ids.shape, jnp.float32) + h[0, 0].astype(jnp.float32)
 
 
 @functools.partial(
@@ -146,12 +143,11 @@ def layers(h, norm, weights, counter, way, plan, c, repeats=_REPEATS):
     """Layers in a row, each on the stream of the one before, over and over: one CUDA graph."""
 
     def all_layers(_, h):
-        update = h
         for weight, bias in weights:
-            x, ids, shares, h = one(h, update, norm, weight, bias, counter, way, plan, c)
+            x, ids, shares = one(h, norm, weight, bias, counter, way, plan, c)
             used = shares[:, :1] + (ids[:, :1] & 1).astype(jnp.float32)
-            update = lax.optimization_barrier(jnp.bfloat16(1e-3) * x * used.astype(x.dtype))
-        return h + update
+            h = lax.optimization_barrier(h + jnp.bfloat16(1e-3) * x * used.astype(x.dtype))
+        return h
 
     return lax.fori_loop(0, repeats, all_layers, h)
 

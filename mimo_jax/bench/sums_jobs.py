@@ -104,7 +104,7 @@ def over(mesh: Mesh, function, way: str):
 
 
 def same_bits(rng: np.random.Generator, mesh: Mesh, way: str = "mail") -> int:
-    """Compares sums of random floats of all shapes with numpy's, rank after rank.
+    """Compares sums of random floats of all shapes, with residuals too, with numpy's, rank by rank.
 
     Returns:
       how many shapes.
@@ -114,21 +114,27 @@ def same_bits(rng: np.random.Generator, mesh: Mesh, way: str = "mail") -> int:
     """
     floats = {k: s for k, s in SHAPES.items() if jnp.issubdtype(s.dtype, jnp.floating)}
 
+    def draw(count, shape):
+        return rng.standard_normal((count, *shape.shape)).astype(jnp.dtype(shape.dtype))
+
+    arrays = [draw(mesh.size, shape) for shape in floats.values()]
+    residuals = [draw(1, shape)[0] for shape in floats.values()]
+
     def run(*arrays):
         mail, sums = open_mail(AXIS), []
-        for x in arrays:
+        for x, residual in zip(arrays, residuals, strict=True):
             y, mail = all_sum(x, mail, AXIS)
-            sums.append(y)
+            z, mail = all_sum(x, mail, AXIS, residual=jnp.asarray(residual))
+            sums.append((y, z))
         return sums
 
-    arrays = [
-        rng.standard_normal((mesh.size, *s.shape)).astype(jnp.dtype(s.dtype))
-        for s in floats.values()
-    ]
-    for name, x, y in zip(floats, arrays, over(mesh, run, way)(*arrays), strict=True):
-        total = functools.reduce(np.add, list(x.astype(np.float32))).astype(x.dtype)
-        for rank in range(mesh.size):
-            np.testing.assert_array_equal(np.asarray(y[rank]), total, f"{name}, rank {rank}")
+    found = over(mesh, run, way)(*arrays)
+    for name, x, residual, sums in zip(floats, arrays, residuals, found, strict=True):
+        wide = [part.astype(np.float32) for part in (*x, residual)]
+        totals = (functools.reduce(np.add, parts).astype(x.dtype) for parts in (wide[:-1], wide))
+        for y, total in zip(sums, totals, strict=True):
+            for rank in range(mesh.size):
+                np.testing.assert_array_equal(np.asarray(y[rank]), total, f"{name}, rank {rank}")
     return len(floats)
 
 

@@ -133,6 +133,7 @@ class Attention(nnx.Module):
         cache: kv.LayerCache,
         ahead: nnx.Param | None,
         flags: Array | None,
+        stream: bool,
     ) -> tuple[kv.LayerCache, Float[Array, "b t d"]]:
         """A decoded block's attention to the cache and itself: this device's part of the sum.
 
@@ -144,13 +145,15 @@ class Attention(nnx.Module):
           cache: to which they are added.
           ahead: as in `few_token_linear`, of the output projection.
           flags: as of `attention_layer`; without them a layer is several launches.
+          stream: whether h is added.
         """
+        added = h if stream else None
 
         def separate(h, norm_weight, qkv, qkv_scale, cos, sin, keys, values, *rest):
             del norm_weight, qkv, qkv_scale, cos, sin, rest
             fused = self.fused_few(h, norm)
             found, heads = self.attend_cached(fused, positions, live, kv.LayerCache(keys, values))
-            return self.combine_few(heads, ahead), found.keys, found.values
+            return self.combine_few(heads, ahead, added), found.keys, found.values
 
         config, scales = self.config, (value(self.qkv_scale), value(self.output_scale))
         fits = config.window is not None and h.shape[1] <= cache.size - config.window + 1
@@ -175,6 +178,7 @@ class Attention(nnx.Module):
                 window=config.window,
                 value_scale=config.value_scale,
                 epsilon=norm.epsilon,
+                stream=stream,
                 ahead=value(ahead),
                 elsewhere=separate,
             )
@@ -188,12 +192,18 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention_output")
     def combine_few(
-        self, heads: Float[Array, "b t n v"], ahead: nnx.Param | None
+        self,
+        heads: Float[Array, "b t n v"],
+        ahead: nnx.Param | None,
+        residual: Float[Array, "b t d"] | None,
     ) -> Float[Array, "b t d"]:
-        """This device's part, for few rows of a decoded block; `ahead` as in `few_token_linear`."""
+        """This device's part, for few rows of a decoded block, and what else is to be added.
+
+        `ahead` is as in `few_token_linear`.
+        """
         flat = heads.reshape(*heads.shape[:2], -1)
         weight, scale = self.output[...], value(self.output_scale)
-        return few_token_linear(flat, weight, scale, ahead=ahead)
+        return few_token_linear(flat, weight, scale, residual=residual, ahead=ahead)
 
 
 @jax.named_scope("attend")

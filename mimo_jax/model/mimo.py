@@ -69,11 +69,17 @@ class Block(nnx.Module):
         ahead = ffn.router.weight if self.sparse else ffn.gate_up
         flags = value(ffn.experts.barrier) if self.sparse else None
         around = self.input_norm, positions, live, cache
-        cache, update = attention.decode(h, *around, ahead, flags)
-        update = parallel.sum(update)
+
+        def attend(residual):
+            nonlocal cache
+            stream = residual is not None
+            cache, y = attention.decode(h, *around, ahead, flags, stream)
+            return y
+
+        attended = parallel.add(h, attend)
         if self.sparse:
-            return ffn.decode(h, update, self.post_norm, live, parallel, following), cache
-        return ffn.decode(h + update, self.post_norm, parallel, following), cache
+            return ffn.decode(attended, self.post_norm, live, parallel, following), cache
+        return ffn.decode(attended, self.post_norm, parallel, following), cache
 
     def _chunk(self, h, positions, live, cache: kv.LayerCache, parallel: Parallel):
         """The same for a chunk of a prompt."""

@@ -12,6 +12,7 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.model.layers import INIT_SCALE, RMSNorm, value
 from mimo_jax.sharding import Parallel, constant, normal, param
 from pallas_kernels.expert_ffn import ExpertWeights, KernelWeights, expert_ffn, pack_experts
+from pallas_kernels.moe_layer import moe_layer
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.router import MOST_TOKENS, route
 
@@ -134,50 +135,72 @@ class MoE(nnx.Module):
     def decode(
         self,
         h: Float[Array, "b t d"],
-        update: Float[Array, "b t d"],
         norm: RMSNorm,
         live: Bool[Array, "b t"],
         parallel: Parallel,
         ahead: nnx.Param | None = None,
     ) -> Float[Array, "b t d"]:
-        """h + update, and added to it what the experts make of its norm, as `__call__` says.
+        """h, and added to it what the experts make of its norm, as `__call__` says.
 
-        In programs for a GPU all up to the experts is a kernel, where a block fits it.
+        In programs for a GPU all up to the experts is a kernel, where a block fits it; inside
+        `choice.whole_layers("experts")` the experts are in it too.
 
         Args:
           h: the residual stream.
-          update: what attention adds to it.
           norm: before the experts.
           live: as in `__call__`.
           parallel: this device's place on the mesh.
           ahead: weights that are read next.
         """
-        rows, updates = (part.reshape(-1, part.shape[-1]) for part in (h, update))
-        x, ids, routing, stream = self.route(rows, updates, norm, live.reshape(-1))
-        mix = partial(self._mix, x, ids, routing, parallel, ahead=ahead)
-        return parallel.add(stream, mix).reshape(h.shape)
+        rows, live = h.reshape(-1, h.shape[-1]), live.reshape(-1)
 
-    def route(self, h, update, norm, live):
-        """Normed rows, ids (-1 for dead rows), weights, and the stream."""
+        def separate(rows, live, residual):
+            x, ids, routing = self.route(rows, norm, live)
+            return self._mix(x, ids, routing, parallel, residual, ahead)
+
+        def mix(residual):
+            part = partial(separate, residual=residual)
+            if not self._takes_kernels(rows) or parallel.experts:
+                return part(rows, live)
+            router, options = self.router, self._router_options(norm)
+            with jax.named_scope("moe_layer"):
+                return moe_layer(
+                    *(rows, norm.weight[...], router.weight[...], router.bias[...]),
+                    self.experts.weights,
+                    **options,
+                    live=live,
+                    stream=residual is not None,
+                    ahead=value(ahead),
+                    elsewhere=part,
+                )
+
+        return parallel.add(rows, mix).reshape(h.shape)
+
+    def _takes_kernels(self, rows) -> bool:
+        """Whether kernels may be asked about rows of the stream."""
+        packed, (t, _) = self.experts.plans is not None, rows.shape
+        return packed and rows.dtype == jnp.bfloat16 and t <= MOST_TOKENS
+
+    def _router_options(self, norm: RMSNorm) -> dict:
+        router = self.router
+        found = dict(choices=router.choices, normalise=router.normalise, scale=router.scale)
+        return found | dict(epsilon=norm.epsilon)
+
+    def route(self, h, norm, live):
+        """Normed rows, ids (-1 for dead rows) and weights."""
         router, experts = self.router, self.experts
 
-        def elsewhere(h, update, live):
-            h = h + update
+        def elsewhere(h, live):
             x = norm(h)
             ids, routing = router(x)
-            return x, jnp.where(live[:, None], ids, -1), routing, h
+            return x, jnp.where(live[:, None], ids, -1), routing
 
-        packed = experts.plans is not None
-        if not packed or h.dtype != jnp.bfloat16 or h.shape[0] > MOST_TOKENS:
-            return elsewhere(h, update, live)
+        if not self._takes_kernels(h):
+            return elsewhere(h, live)
         with jax.named_scope("router"):
             return route(
                 *(h, norm.weight[...], router.weight[...], router.bias[...]),
-                choices=router.choices,
-                epsilon=norm.epsilon,
-                normalise=router.normalise,
-                scale=router.scale,
-                update=update,
+                **self._router_options(norm),
                 live=live,
                 counter=experts.barrier[...],
                 word=ROUTER_WORD,

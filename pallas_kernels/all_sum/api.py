@@ -56,6 +56,7 @@ def all_sum(
     mail: UInt32[Array, "..."],
     axis: str,
     *,
+    residual: Shaped[Array, "..."] | None = None,
     implementation: str = "auto",
 ) -> tuple[Shaped[Array, "..."], UInt32[Array, "..."]]:
     """Sums small arrays over the devices of a mesh axis, inside `shard_map`.
@@ -68,6 +69,7 @@ def all_sum(
       x: float32, bfloat16, int32 or uint32, for the kernel.
       mail: of `open_mail`, or what the last exchange returned.
       axis: of the mesh.
+      residual: like x, the same on all devices; added last, before the sum is rounded.
       implementation: "auto", or the name of one, which then runs or raises.
 
     Returns:
@@ -77,7 +79,11 @@ def all_sum(
       ValueError: on arrays that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    return _exchange(x, mail, axis, implementation, total=True)
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype} {residual.shape}; x is {x.dtype} {x.shape}."
+        )
+    return _exchange(x, mail, axis, implementation, residual, total=True)
 
 
 def all_gather(
@@ -92,7 +98,7 @@ def all_gather(
     Args and implementations are those of `all_sum`. Integers come as they are, and so do floats
     but for one NaN, all of whose bits are set.
     """
-    return _exchange(x, mail, axis, implementation, total=False)
+    return _exchange(x, mail, axis, implementation, None, total=False)
 
 
 def has_mail(devices: Sequence[int]) -> bool:
@@ -117,18 +123,18 @@ def misfit(x, words: int, devices: int) -> ValueError | None:
     return None
 
 
-def _exchange(x, mail, axis, implementation, *, total):
+def _exchange(x, mail, axis, implementation, residual, *, total):
     check_name(implementation)
-    meaning = all_sum_reference if total else all_gather_reference
 
-    def reference(x, mail):
-        return meaning(x, axis), mail
+    def reference(x, mail, residual):
+        y = all_sum_reference(x, axis, residual) if total else all_gather_reference(x, axis)
+        return y, mail
 
-    def kernel(x, mail):
+    def kernel(x, mail, residual):
         from pallas_kernels.all_sum.mosaic_gpu import exchange_mosaic
 
-        return exchange_mosaic(x, mail, axis, total=total)
+        return exchange_mosaic(x, mail, residual, axis, total=total)
 
     reason = misfit(x, mail.size, lax.axis_size(axis)) or kernel_absence()
     options = dict(kernel=kernel, reference=reference, refusal=reason, without=_WITHOUT)
-    return choose(implementation, (x, mail), **options)
+    return choose(implementation, (x, mail, residual), **options)

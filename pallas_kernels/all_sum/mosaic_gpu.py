@@ -50,13 +50,19 @@ def _open(mail_ref, axis: str, devices: int) -> None:
 
 @functools.partial(jax.jit, static_argnames=("axis", "total"))
 def exchange_mosaic(
-    x: Shaped[Array, "..."], mail: UInt32[Array, "..."], axis: str, *, total: bool
+    x: Shaped[Array, "..."],
+    mail: UInt32[Array, "..."],
+    residual: Shaped[Array, "..."] | None,
+    axis: str,
+    *,
+    total: bool,
 ) -> tuple[Shaped[Array, "..."], UInt32[Array, "..."]]:
     """All devices' arrays, added up or one after the other.
 
     Args:
       x: float32, bfloat16, int32 or uint32.
       mail: the mailbox, which is used in place.
+      residual: like x, to be added to the sum.
       axis: of the mesh.
       total: whether to add.
 
@@ -64,22 +70,25 @@ def exchange_mosaic(
       the sum, like x, or [devices, *x.shape]; the mailbox.
     """
     devices = lax.axis_size(axis)
-    exchange = exchange_of(x, Mail.of(mail.size, devices), total=total)
+    added = [] if residual is None else [residual]
+    exchange = exchange_of(x, Mail.of(mail.size, devices), total=total, residual=bool(added))
     dtype = x.dtype
     # A slice that only this kernel reads XLA would not make, but fuse with it, and leave the graph.
     x = lax.optimization_barrier(x)
     if exchange.kind == "f32":
-        x = x.astype(jnp.float32)
-    program = exchange.program()
+        x, *added = [array.astype(jnp.float32) for array in (x, *added)]
+    program, more = exchange.program(), len(added)
 
-    def body(x_ref, mail_ref, out_ref):
-        @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _SPLAT))
-        def run(_, x, mail, out, block):
-            pointers = [utils.memref_ptr(ref) for ref in (x, mail, out)]
-            operands = [*pointers, ptx.scalar(block)]
-            ptx.asm(None, operands, program, "l,l,l,r", effects=True)
+    def body(x_ref, mail_ref, *rest):
+        *added_ref, out_ref = rest
 
-        run(x_ref, mail_ref, out_ref, lax.axis_index("block"))
+        @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _SPLAT, *[_REF] * more))
+        def run(_, x, mail, out, block, *added):
+            x, mail, out, *added = [utils.memref_ptr(ref) for ref in (x, mail, out, *added)]
+            operands = [x, mail, out, ptx.scalar(block), *added]
+            ptx.asm(None, operands, program, "l,l,l,r" + ",l" * more, effects=True)
+
+        run(x_ref, mail_ref, out_ref, lax.axis_index("block"), *added_ref)
 
     body.__name__ = "all_sum" if total else "all_gather"
     shape = x.shape if total else (devices, *x.shape)
@@ -90,7 +99,7 @@ def exchange_mosaic(
         grid=(exchange.blocks,),
         grid_names=("block",),
         compiler_params=_parameters(),
-    )(x, ref)
+    )(x, ref, *added)
     return lax.optimization_barrier(out).astype(dtype), jax.freeze(ref)
 
 

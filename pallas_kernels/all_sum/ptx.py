@@ -1,7 +1,8 @@
 """What a thread does in an exchange, in PTX: send, wait, make the slots empty, add or write.
 
 Operands of the program: $0 the array, $1 this device's mailbox, $2 the result, $3 the number of the
-thread block. README.md says why it cannot hang or overwrite what is not read.
+thread block, $4 the residual if there is one. README.md says why it cannot hang or overwrite what
+is not read.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ class Exchange:
       words: of the array.
       kind: what a word is: "f32", "bf16" (two of them) or "b32" (integers).
       total: whether the devices' words are added; else they are written, rank after rank.
+      residual: whether an array of this device's is added last.
       patience: looks at the mailbox before a thread gives up.
     """
 
@@ -32,6 +34,7 @@ class Exchange:
     words: int
     kind: str
     total: bool
+    residual: bool = False
     patience: int = PATIENCE
 
     @property
@@ -66,12 +69,12 @@ class Exchange:
         return "{\n" + "\n".join(part(self) for part in parts) + "\nEND:\n}"
 
 
-def exchange_of(x, mail: Mail, *, total: bool) -> Exchange:
+def exchange_of(x, mail: Mail, *, total: bool, residual: bool = False) -> Exchange:
     """The exchange of an array; the last of an odd number of bfloat16 would be half a word."""
     size = math.prod(x.shape)
     if x.dtype.name == "bfloat16" and size % 2:
-        return Exchange(mail, size, "f32", total)
-    return Exchange(mail, size * x.dtype.itemsize // 4, KINDS[x.dtype.name], total)
+        return Exchange(mail, size, "f32", total, residual)
+    return Exchange(mail, size * x.dtype.itemsize // 4, KINDS[x.dtype.name], total, residual)
 
 
 def _registers(name: str, number: int) -> list[str]:
@@ -97,6 +100,7 @@ def _begin(exchange: Exchange) -> str:
     n = mail.devices
     received = [name for s in range(n) for name in _received(exchange, s)]
     names = [*_registers("x", exchange.width), *_registers("s", sent), *received]
+    names += _registers("y", exchange.width) if exchange.residual else []
     lines = [
         ".reg .pred p;",
         f".reg .b32 g, count, phase, rank, slot, looks, any, t, u, {', '.join(names)};",
@@ -143,6 +147,13 @@ def _send(exchange: Exchange) -> str:
         lines += [
             f"add.u64 to{i}, to{i}, off;",
             f"st.relaxed.sys.global.{_wide(len(s))} [to{i}+{4 * mail.slots}], {_vector(s)};",
+        ]
+    if exchange.residual:
+        # Under way while the others' words are.
+        lines += [
+            f"mul.wide.u32 off, g, {4 * width};",
+            "add.u64 at, $4, off;",
+            f"ld.global.{_wide(width)} {_vector(_registers('y', width))}, [at];",
         ]
     return "\n".join(lines)
 
@@ -208,12 +219,13 @@ def _joined(exchange: Exchange, sender: int) -> list[str]:
 
 
 def _add_up(exchange: Exchange) -> str:
-    """In the order of ranks, in float32; integers modulo 2^32."""
+    """In the order of ranks, then the residual, in float32; integers modulo 2^32."""
     n, width = exchange.mail.devices, exchange.width
     lines = [line for s in range(n) for line in _joined(exchange, s)]
     add = _ADD[exchange.kind]
     for i in range(width):
-        lines += add([_received(exchange, s)[i] for s in range(n)], f"x{i}")
+        more = [f"y{i}"] if exchange.residual else []
+        lines += add([*(_received(exchange, s)[i] for s in range(n)), *more], f"x{i}")
     lines.append(f"st.global.{_wide(width)} [out], {_vector(_registers('x', width))};")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.attention.checks import check_block, refusal
 from pallas_kernels.attention_layer.reference import attention_layer_reference
-from pallas_kernels.choice import check_name, choose, whole_layers_wanted
+from pallas_kernels.choice import check_name, choose, whole_wanted
 
 MOST_TOKENS = 8
 """Rows of all sequences together that the kernel takes."""
@@ -34,11 +34,14 @@ def attention_layer(
     window: int,
     value_scale: float,
     epsilon: float,
+    stream: bool = False,
     ahead: Shaped[Array, "..."] | None = None,
     implementation: str = "auto",
     elsewhere: Callable | None = None,
 ):
     """output(attention(qkv(norm(h)))) of a block against a window's ring, to which it is written.
+
+    With `stream` h is added to it.
 
     "reference" is plain jnp. "mosaic_gpu" is one launch for Hopper, whose thread blocks meet twice:
     all of them must be resident. "auto" takes it in programs for GPUs that are traced inside
@@ -63,6 +66,7 @@ def attention_layer(
       window: keys that a query sees.
       value_scale: of values.
       epsilon: of the norm.
+      stream: whether h is added to the result.
       ahead: an array that a later kernel reads; brought to the L2 cache at the end.
       implementation: "auto", or the name of one, which then runs or raises.
       elsewhere: with "auto", what takes the reference's place; of all arguments up to output_scale.
@@ -77,13 +81,13 @@ def attention_layer(
     """
     check_name(implementation)
     _check(h, qkv, cos, sin, keys, values, start, live, window, sink)
-    options = dict(window=window, value_scale=float(value_scale), epsilon=epsilon)
+    options = dict(window=window, value_scale=float(value_scale), epsilon=epsilon, stream=stream)
     reference = functools.partial(attention_layer_reference, **options)
     if implementation == "auto" and elsewhere is not None:
         reference = elsewhere
     arguments = h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output
     arguments = *arguments, output_scale
-    if implementation == "auto" and not whole_layers_wanted():
+    if implementation == "auto" and not whole_wanted("attention"):
         return reference(*arguments)
     return choose(
         implementation,

@@ -45,6 +45,7 @@ class Layer:
       together: hooks of what concerns several blocks, and of attention.
       blocks: of the grid.
       word: the first of the flags that they use.
+      stream: whether the rows are added to the result.
     """
 
     projection: Block
@@ -53,6 +54,7 @@ class Layer:
     together: typing.Any
     blocks: int
     word: int = 0
+    stream: bool = False
 
     @property
     def consumers(self) -> int:
@@ -75,6 +77,8 @@ class Layer:
                 part["scale"] = refs[name]
         if "ahead" in refs:
             second["ahead"] = refs["ahead"]
+        if self.stream:
+            second["residual"] = refs["h"]
         return common | first, common | second
 
     @property

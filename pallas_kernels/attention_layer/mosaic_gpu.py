@@ -66,15 +66,17 @@ def cuts_of(h, qkv, cos, keys, values, sink, output, window, value_scale) -> Cut
     return Cuts(*plans_for(*sizes, *output.shape, output.dtype.itemsize), ring)
 
 
-_STATIC = ("word", "window", "value_scale", "epsilon", "plans", "stages", "interpret", "hooks")
+_STATIC = (
+    "word", "window", "value_scale", "epsilon", "stream", "plans", "stages", "interpret", "hooks",
+)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def attention_layer_mosaic(
     h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output, output_scale, flags,
     ahead=None,
-    *, word=0, window, value_scale, epsilon, plans=None, stages=None, interpret=None, hooks=None,
-    seen=None,
+    *, word=0, window, value_scale, epsilon, stream=False, plans=None, stages=None, interpret=None,
+    hooks=None, seen=None,
 ):  # fmt: skip
     """See `api.attention_layer`; one launch. Returns what it writes by name, and both caches.
 
@@ -88,7 +90,8 @@ def attention_layer_mosaic(
     if (why := cuts.misfit()) is not None:
         raise ValueError(f"attention_layer cannot take {why}.")
     ahead_bytes = 0 if ahead is None else ahead.nbytes
-    layer = make_layer(cuts, (qkv_scale, output_scale), epsilon, hooks, stages, word, ahead_bytes)
+    scales = qkv_scale, output_scale
+    layer = make_layer(cuts, scales, epsilon, hooks, stages, word, ahead_bytes, stream)
     held = [x if interpret else jax.new_ref(x) for x in (keys, values)]
     inputs = dict(
         h=h.reshape(-1, h.shape[-1]),
@@ -109,7 +112,7 @@ def _cut(plan: Plan, weight):
 
 
 def make_layer(
-    cuts: Cuts, scales, epsilon, hooks=None, stages=None, word=0, ahead_bytes=0
+    cuts: Cuts, scales, epsilon, hooks=None, stages=None, word=0, ahead_bytes=0, stream=False
 ) -> Layer:
     """The launch; arguments as of `attention_layer_mosaic`."""
     if hooks is None:
@@ -129,4 +132,4 @@ def make_layer(
     own = lanes(second, t, units[1], constant=False)
     output = Block(second, own, ahead_bytes, before=before, ring=stages)
     blocks = max(first.groups, second.groups, ring.b * ring.k * ring.tiles)
-    return Layer(projection, ring, output, together(blocks), blocks, word)
+    return Layer(projection, ring, output, together(blocks), blocks, word, stream)

@@ -6,7 +6,7 @@ from pallas_kernels.linear.reference import linear_reference
 
 def attention_layer_reference(
     h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output, output_scale,
-    *, window, value_scale, epsilon,
+    *, window, value_scale, epsilon, stream=False,
 ):  # fmt: skip
     """See `api.attention_layer`."""
     (b, t, d), groups = h.shape, keys.shape[1]
@@ -19,5 +19,6 @@ def attention_layer_reference(
         value_scale=value_scale,
     )
     flat = heads.astype(h.dtype).reshape(b * t, -1)
-    y = linear_reference(flat, output, output_scale, out_dtype=h.dtype)
+    added = rows if stream else None
+    y = linear_reference(flat, output, output_scale, residual=added, out_dtype=h.dtype)
     return y.reshape(h.shape), keys, values

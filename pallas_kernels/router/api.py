@@ -28,13 +28,11 @@ class Routed(NamedTuple):
       x: the normed rows, which the experts read.
       ids: of the chosen experts, best first.
       weights: of the choices, float32.
-      h: the stream: what was given, with the update if there was one.
     """
 
     x: Float[Array, "t d"]
     ids: Int32[Array, "t c"]
     weights: Float[Array, "t c"]
-    h: Float[Array, "t d"]
 
 
 def new_counter() -> UInt32[Array, "1"]:
@@ -52,7 +50,6 @@ def route(
     epsilon: float,
     normalise: bool = True,
     scale: float = 1.0,
-    update: Float[Array, "t d"] | None = None,
     live: Bool[Array, " t"] | None = None,
     counter: UInt32[Array, " words"] | None = None,
     word: int = 0,
@@ -78,31 +75,30 @@ def route(
       epsilon: of the norm.
       normalise: whether weights are divided by their sum.
       scale: of the weights.
-      update: is added to h first.
       live: tokens that count; the ids of the others are -1, their weights what they would be.
       counter: uint32 words of which the kernel uses `word`, zero when made. It writes there, and
         leaves a zero. Two launches that may run at once need two words.
       word: of the counter.
-      elsewhere: with "auto", what takes the reference's place: a function of h, update and live
-        that returns rows, ids, weights and the stream.
+      elsewhere: with "auto", what takes the reference's place: a function of h and live, which
+        returns rows, ids and weights.
       implementation: "auto", or the name of one, which then runs or raises.
 
     Returns:
-      rows, ids, weights, and the stream. Within one implementation the bits of a row of any of them
-      depend on nothing but the row: not on t, its place, or other rows.
+      rows, ids and weights. Within one implementation the bits of a row of any of them depend on
+      nothing but the row: not on t, its place, or other rows.
 
     Raises:
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
     check_name(implementation)
-    _check(h, norm, weight, bias, choices, update, live)
+    check(h, norm, weight, bias, choices, live)
     options = dict(choices=choices, epsilon=epsilon, normalise=normalise, scale=scale)
 
-    def reference(h, norm, weight, bias, update, live, _):
+    def reference(h, norm, weight, bias, live, _):
         if implementation == "auto" and elsewhere is not None:
-            return tuple(elsewhere(h, update, live))
-        return tuple(route_reference(h, norm, weight, bias, update, live, **options))
+            return tuple(elsewhere(h, live))
+        return tuple(route_reference(h, norm, weight, bias, live, **options))
 
     def kernel(*arguments):
         from pallas_kernels.router.mosaic_gpu import route_mosaic
@@ -111,7 +107,7 @@ def route(
 
     found = choose(
         implementation,
-        (h, norm, weight, bias, update, live, counter),
+        (h, norm, weight, bias, live, counter),
         kernel=kernel,
         reference=reference,
         refusal=misfit(h, norm, weight, choices, counter, word) or kernel_absence(),
@@ -148,7 +144,7 @@ def misfit(h, norm, weight, choices: int, counter, word: int = 0) -> ValueError 
     )
 
 
-def _check(h, norm, weight, bias, choices, update, live):
+def check(h, norm, weight, bias, choices, live):
     """Shapes that mean something, whatever implementation runs."""
     if h.ndim != 2 or norm.shape != h.shape[1:] or weight.shape[1:] != h.shape[1:]:
         raise ValueError(
@@ -160,7 +156,5 @@ def _check(h, norm, weight, bias, choices, update, live):
         raise ValueError(f"bias is {bias.dtype} {bias.shape}; it must be float32 [{experts}].")
     if not 1 <= choices <= experts:
         raise ValueError(f"choices={choices} is not 1 to {experts}, the number of experts.")
-    if update is not None and (update.shape != h.shape or update.dtype != h.dtype):
-        raise ValueError(f"update is {update.dtype} {update.shape}; h is {h.dtype} {h.shape}.")
     if live is not None and live.shape != h.shape[:1]:
         raise ValueError(f"live is {live.shape}; it must be [{h.shape[0]}].")

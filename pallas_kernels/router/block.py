@@ -12,14 +12,11 @@ the first block all ranks' sums.
 
 import dataclasses
 import functools
-import math
 import typing
 
+from pallas_kernels.router import arithmetic, choosing
 from pallas_kernels.router.plan import PIECE, TILE, Plan
 
-LOG2E = math.log2(math.e)
-_TAKEN = -(1 << 31)
-_NONE = (1 << 31) - 1
 _SQUARES, _SHARES = 0, 1
 """Inboxes of a block."""
 
@@ -115,14 +112,10 @@ class Block:
         m.open_inboxes(refs["told"], sizes)
         m.begin()
         rows = self._load_rows(m, refs["h"], at)
-        update = self._load_rows(m, refs["update"], at) if "update" in refs else None
-        if update is not None:
-            rows = _map(functools.partial(_add, m), rows, update)
-            self._store_rows(m, refs["stream"], at, rows)
         scales = self._scales(m, refs, at, rows)
         x = [
             [
-                _map(functools.partial(_normed, m, scale), *pair)
+                _map(functools.partial(arithmetic.normed, m, scale), *pair)
                 for pair in zip(row, gains, strict=True)
             ]
             for scale, row in zip(scales, rows, strict=True)
@@ -220,7 +213,7 @@ class Block:
         for piece, words in enumerate(pieces):
             low = x[0][piece]
             high = x[1][piece] if self.halves > 1 else [m.const(0)] * 4
-            for digit in _digits(m, words) if self.wide else [words]:
+            for digit in arithmetic.digits(m, words) if self.wide else [words]:
                 for i in (0, 2):
                     rows = low[i], high[i], low[i + 1], high[i + 1]
                     sums = m.multiply(rows, digit[i : i + 2], sums)
@@ -251,11 +244,11 @@ class Block:
 
     def _conclude(self, m, refs, at: Place):
         """The first block of a cluster: scores; the last of them: all tokens' experts."""
-        plan, one = self.plan, m.const(1.0)
+        plan = self.plan
         m.receive((refs["told"], _SHARES))
         for cell, there in self._cells(m):
             logit = self._added(m, refs["shares"], cell, self.cells, plan.ranks)
-            score = one / (one + m.exp2(logit * m.const(-LOG2E)))
+            score = arithmetic.sigmoid(m, logit)
             token, expert = cell // plan.rows, at.cluster * plan.rows + cell % plan.rows
             there = there & (m.const(self.t) > token) & (m.const(plan.experts) > expert)
             m.store(refs["scores"], token * plan.experts + expert, 4, [score], there)
@@ -290,40 +283,16 @@ class Block:
         for expert, known, score, bias in found:
             exists = m.const(count) > expert
             m.store_shared(refs["scores_here"], token * count + known, [score], exists)
-            key = _ordered(m, score + m.as_float(bias))
-            keys.append(m.where(exists, key, m.const(_TAKEN)))
+            keys.append(choosing.key(m, score, m.as_float(bias), exists))
         return [expert for expert, *_ in found], keys
 
     def _best(self, m, at: Place, experts, keys):
         """The chosen experts, best first, ties by lowest id: one in each lane, then zeros."""
-        none = m.const(_NONE)
-
-        def one(i, carry):
-            keys, found = carry[:-1], carry[-1]
-            top = _tree(m.maximum, keys)
-            mine = [
-                m.where(key.equals(top), expert, none)
-                for key, expert in zip(keys, experts, strict=True)
-            ]
-            mine = _tree(m.minimum, mine)
-            best = m.warp_min(m.where(top.equals(m.warp_max(top)), mine, none))
-            keys = [
-                m.where(expert.equals(best), m.const(_TAKEN), key)
-                for key, expert in zip(keys, experts, strict=True)
-            ]
-            return [*keys, m.where(at.lane.equals(i), best, found)]
-
-        return m.repeat(m.const(self.c), one, [*keys, m.const(0)])[-1]
+        return choosing.best(m, at.lane, self.c, experts, keys)
 
     def _write(self, m, refs, at: Place, token, best, share):
         """Ids and weights of a token."""
-        if self.normalise:
-            total = m.of_lane(share, 0)
-            for i in range(1, self.c):
-                total = total + m.of_lane(share, i)
-            share = share / (total + m.const(1e-20))
-        if self.scale != 1.0:
-            share = share * m.const(self.scale)
+        share = choosing.weigh(m, share, self.c, self.normalise, self.scale)
         if "live" in refs:
             (live,) = m.load(refs["live"], token, 4, 1)
             best = m.where(live.equals(0), m.const(-1), best)
@@ -338,40 +307,3 @@ def _map(function, *nested):
     if not isinstance(nested[0], list):
         return function(*nested)
     return [_map(function, *parts) for parts in zip(*nested, strict=True)]
-
-
-def _add(m, a, b):
-    """Sums of two words' bfloat16, rounded."""
-    return m.pack(*(x + y for x, y in zip(m.unpack(a), m.unpack(b), strict=True)))
-
-
-def _normed(m, scale, word, gain):
-    """A word's bfloat16 times a float, rounded, times a word's, rounded."""
-    rounded = m.pack(*(value * scale for value in m.unpack(word)))
-    return m.pack(*(x * y for x, y in zip(m.unpack(rounded), m.unpack(gain), strict=True)))
-
-
-def _digits(m, words):
-    """Float32 as the sum of three bfloat16, exact: 8 bits each of the 24 of its mantissa.
-
-    So their products are exact too, and only sums are rounded, as those of bfloat16 weights.
-    """
-    digits = []
-    for _ in range(3):
-        digits.append([m.halves(*words[i : i + 2], True) for i in range(0, len(words), 2)])
-        words = [m.bits(m.as_float(w) - m.as_float(w & ~0xFFFF)) for w in words]
-    return digits
-
-
-def _ordered(m, value):
-    """An int for a float, in the same order; no -0.0 comes here, and a NaN does no harm."""
-    bits = m.bits(value)
-    return m.where(bits < 0, m.const(_NONE) - bits, bits)
-
-
-def _tree(function, values):
-    """A reduction in few steps."""
-    while len(values) > 1:
-        pairs = [function(*values[i : i + 2]) for i in range(0, len(values) - 1, 2)]
-        values = pairs + values[len(pairs) * 2 :]
-    return values[0]

@@ -20,7 +20,6 @@ def route_mosaic(
     norm: Float[Array, "d"],
     weight: Shaped[Array, "e d"],
     bias: Float[Array, " e"],
-    update: Float[Array, "t d"] | None,
     live: Bool[Array, " t"] | None,
     counter: UInt32[Array, " words"],
     *,
@@ -42,13 +41,10 @@ def route_mosaic(
         weights=jax.ShapeDtypeStruct((t, choices), jnp.float32),
         scores=jax.ShapeDtypeStruct((t, plan.experts), jnp.float32),
     )
-    if update is not None:
-        inputs["update"] = update
-        outputs["stream"] = jax.ShapeDtypeStruct((t, d), h.dtype)
     if live is not None:
         inputs["live"] = live.astype(jnp.int32)
     found = _launch(block, inputs, outputs)
-    return found["x"], found["ids"], found["weights"], found.get("stream", h)
+    return found["x"], found["ids"], found["weights"]
 
 
 def _launch(block: Block, inputs: dict, outputs: dict) -> dict:

@@ -13,7 +13,6 @@ def route_reference(
     norm: Float[Array, "d"],
     weight: Shaped[Array, "e d"],
     bias: Float[Array, " e"],
-    update: Float[Array, "t d"] | None = None,
     live: Bool[Array, " t"] | None = None,
     *,
     choices: int,
@@ -21,8 +20,7 @@ def route_reference(
     normalise: bool = True,
     scale: float = 1.0,
 ):
-    """Normed rows, ids and weights of their experts, the stream: see `api.route`."""
-    h = h if update is None else h + update
+    """Normed rows, ids and weights of their experts: see `api.route`."""
     x = rms_norm(h, norm, epsilon)
     wide = x.astype(jnp.float32), weight.astype(jnp.float32)
     scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", *wide, precision=lax.Precision.HIGHEST))
@@ -32,4 +30,4 @@ def route_reference(
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     if live is not None:
         ids = jnp.where(live[:, None], ids, -1)
-    return x, ids, weights * scale, h
+    return x, ids, weights * scale

@@ -1,8 +1,11 @@
 """The programs of the attention layer that test_attention_layer_h200.py compiles."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from h200 import Case
+from jax.sharding import PartitionSpec as P
 
 from mimo_jax.decode.program import GPU_OPTIONS
 from pallas_kernels.attention_layer import attention_layer
@@ -40,8 +43,9 @@ def abstract(d: int, heads: int, t: int, output_fp8: bool = False) -> dict:
 
 def layer(arguments, **more):
     """One of them."""
-    options = dict(window=128, value_scale=0.612, epsilon=1e-5, implementation="mosaic_gpu")
-    return attention_layer(**arguments, **options, **more)
+    options = dict(window=128, value_scale=0.612, epsilon=1e-5, stream=True)
+    options |= dict(implementation="mosaic_gpu") | more
+    return attention_layer(**arguments, **options)
 
 
 def pro(mesh) -> Case:
@@ -52,6 +56,11 @@ def pro(mesh) -> Case:
 def pro_one(mesh) -> Case:
     """One token."""
     return Case(jax.jit(layer), (abstract(6144, 16, 1),))
+
+
+def pro_part(mesh) -> Case:
+    """One device's part of a sum: without the stream."""
+    return Case(jax.jit(lambda given: layer(given, stream=False)), (abstract(6144, 16, 8),))
 
 
 def pro_fp8(mesh) -> Case:
@@ -67,13 +76,13 @@ def flash(mesh) -> Case:
 def loop(mesh) -> Case:
     """Layers, in a loop that decides on the device when it ends."""
 
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     def run(h, layers):
         def body(carry):
             count, h, caches = carry
             written = []
             for arguments, cache in zip(layers, caches, strict=True):
-                y, *cache = layer(arguments | cache | dict(h=h))
-                h = h + y
+                h, *cache = layer(arguments | cache | dict(h=h))
                 written.append(dict(zip(("keys", "values"), cache, strict=True)))
             return count + 1, h, written
 

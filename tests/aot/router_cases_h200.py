@@ -12,32 +12,30 @@ LAYERS = 6
 
 
 def abstract(name: str, t: int) -> tuple:
-    """h, norm, weight, bias, update, live, counter."""
+    """h, norm, weight, bias, live, counter."""
     shape = SHAPES[name]
-    rows = jax.ShapeDtypeStruct((t, shape.d), jnp.bfloat16)
     return (
-        rows,
+        jax.ShapeDtypeStruct((t, shape.d), jnp.bfloat16),
         jax.ShapeDtypeStruct((shape.d,), jnp.bfloat16),
         jax.ShapeDtypeStruct((shape.e, shape.d), jnp.float32 if shape.wide else jnp.bfloat16),
         jax.ShapeDtypeStruct((shape.e,), jnp.float32),
-        rows,
         jax.ShapeDtypeStruct((t,), jnp.bool_),
         jax.ShapeDtypeStruct((1,), jnp.uint32),
     )
 
 
-def run(name: str, h, norm, weight, bias, update, live, counter) -> Routed:
+def run(name: str, h, norm, weight, bias, live, counter) -> Routed:
     """The kernel, by name."""
-    options = dict(update=update, live=live, counter=counter, implementation="mosaic_gpu")
+    options = dict(live=live, counter=counter, implementation="mosaic_gpu")
     return route(h, norm, weight, bias, choices=SHAPES[name].c, epsilon=1e-5, **options)
 
 
 def kernel(name: str, t: int) -> Case:
-    """The kernel by itself, without update and dead rows."""
-    h, norm, weight, bias, _, _, counter = abstract(name, t)
+    """The kernel by itself, without dead rows."""
+    h, norm, weight, bias, _, counter = abstract(name, t)
 
     def program(h, norm, weight, bias, counter):
-        return run(name, h, norm, weight, bias, None, None, counter)[:3]
+        return run(name, h, norm, weight, bias, None, counter)
 
     return Case(jax.jit(program), (h, norm, weight, bias, counter))
 
@@ -69,13 +67,13 @@ def nano(mesh) -> Case:
 
 def loop(mesh) -> Case:
     """Layers in a while-loop, each adding to the stream, with dead rows."""
-    h, norm, weight, bias, _, live, counter = abstract("pro", 8)
+    h, norm, weight, bias, live, counter = abstract("pro", 8)
 
     def program(h, norm, layers, bias, live, rounds):
         def one_round(carry):
             left, h = carry
             for weight, counter in layers:
-                x, ids, weights, h = run("pro", h, norm, weight, bias, h * norm, live, counter)
+                x, ids, weights = run("pro", h, norm, weight, bias, live, counter)
                 h = h + norm * (weights.sum() + ids.sum().astype(jnp.float32)).astype(x.dtype) * x
             return left - 1, h
 

@@ -36,7 +36,7 @@ def draw(rng, devices, shape, dtype):
 
 
 def in_order(parts):
-    """The sum in float32, rank after rank, rounded once; of integers modulo 2^32."""
+    """The sum in float32, one after another, rounded once; of integers modulo 2^32."""
     if parts.dtype in (np.int32, np.uint32):
         return parts.sum(0, dtype=parts.dtype)
     wide = parts.astype(np.float32)
@@ -47,17 +47,20 @@ def in_order(parts):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_sums_in_the_order_of_ranks_and_gathers(implementation, dtype, devices, rng):
-    x = draw(rng, devices, (3, 5), dtype)
+    x, (residual,) = draw(rng, devices, (3, 5), dtype), draw(rng, 1, (3, 5), dtype)
 
     def both(x):
         mail = open_mail(AXIS, 1 << 16, implementation=implementation)
-        total, mail = all_sum(x[0], mail, AXIS, implementation=implementation)
+        plain = functools.partial(all_sum, axis=AXIS, implementation=implementation)
+        total, mail = plain(x[0], mail)
+        added, mail = plain(x[0], mail, residual=residual)
         parts, mail = all_gather(x[0], mail, AXIS, implementation=implementation)
-        return total[None], parts[None]
+        return total[None], added[None], parts[None]
 
-    totals, parts = map(np.asarray, over(devices, both)(x))
+    totals, added, parts = map(np.asarray, over(devices, both)(x))
     for rank in range(devices):
         np.testing.assert_array_equal(totals[rank], in_order(np.asarray(x)))
+        np.testing.assert_array_equal(added[rank], in_order(np.stack([*x, residual])))
         np.testing.assert_array_equal(parts[rank], x)
 
 
@@ -85,6 +88,15 @@ def test_arrays_that_do_not_fit_are_named(shape, dtype, words):
 @pytest.mark.parametrize(("shape", "dtype"), [((1 << 14,), jnp.float32), ((1 << 13,), jnp.int32)])
 def test_the_largest_that_fit(shape, dtype):
     assert misfit(jax.ShapeDtypeStruct(shape, dtype), WORDS, 8) is None
+
+
+def test_a_residual_of_another_type_is_refused(rng):
+    def wrong(x):
+        mail = jnp.zeros(WORDS, jnp.uint32)
+        return all_sum(x, mail, AXIS, residual=x.astype(jnp.bfloat16))[0]
+
+    with pytest.raises(ValueError, match=r"residual is bfloat16 \(1, 2\); x is float32 \(1, 2\)"):
+        over(8, wrong)(draw(rng, 8, (2,), jnp.float32))
 
 
 def test_an_unknown_implementation_is_refused(rng):
@@ -124,7 +136,9 @@ def test_parallel_by_mail_does_what_it_does_without(rng):
             x = lax.cond(left % 2 == 0, block, lambda x: block(block(x)), x)
             many = parallel.gather(x.astype(jnp.bfloat16), -1).astype(jnp.float32)
             both = parallel.sum([many[:, :2], x.sum(axis=1)])
-            return left - 1, x / (1 + jnp.abs(both[1])[:, None]) + both[0][:, :1]
+            many = parallel.add(many, lambda own: many * 0.1 + (0 if own is None else own))
+            x = x / (1 + jnp.abs(both[1])[:, None]) + both[0][:, :1] + many[:, 1:2]
+            return left - 1, x
 
         x = lax.while_loop(lambda carry: carry[0] > 0, body, (jnp.int32(5), x))[1]
         return x, parallel.sum(jnp.arange(3, dtype=jnp.uint32)) * parallel.sum(1)

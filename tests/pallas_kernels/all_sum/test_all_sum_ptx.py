@@ -34,12 +34,14 @@ def play(rng, mail, exchanges, favourite=None, spoil=str):
     inputs, places, launches = [], [], [[] for _ in boxes]
     for exchange in exchanges:
         words = [draw(rng, exchange) for _ in boxes]
+        added = [draw(rng, exchange)] if exchange.residual else []
         size = exchange.words * (1 if exchange.total else mail.devices)
         program = parse(spoil(exchange.program()))
-        inputs.append(words)
+        inputs.append([*words, *added])
         places.append([memory.place(device, np.zeros(size)) for device in range(len(boxes))])
         for device, box in enumerate(boxes):
             at = memory.place(device, words[device]), box, places[-1][device], 0
+            at = *at, *(memory.place(device, residual) for residual in added)
 
             def launch(device=device, at=at, program=program, threads=exchange.threads):
                 # Some threads more than have something to do.
@@ -67,7 +69,7 @@ def draw(rng, exchange: Exchange) -> np.ndarray:
 
 
 def meaning(exchange: Exchange, words: list[np.ndarray]) -> np.ndarray:
-    """The result, by numpy."""
+    """The result, by numpy; the last of the words is the residual, if there is one."""
     if not exchange.total:
         return np.concatenate(words)
     if exchange.kind == "b32":
@@ -88,15 +90,15 @@ def check(exchanges, inputs, found):
 def exchange_of(mail, rng, kind=None):
     kind = kind or rng.choice(["f32", "bf16", "b32"])
     total, words = bool(rng.integers(2)), int(rng.integers(1, 13))
-    return Exchange(mail, words, str(kind), total, PATIENCE)
+    return Exchange(mail, words, str(kind), total, total and bool(rng.integers(2)), PATIENCE)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("total", [True, False])
+@pytest.mark.parametrize(("total", "residual"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "b32"])
-def test_every_kind_on_every_number_of_devices(devices, total, kind, rng):
+def test_every_kind_on_every_number_of_devices(devices, total, residual, kind, rng):
     mail = Mail(devices, 128)
-    exchanges = [Exchange(mail, words, kind, total, PATIENCE) for words in (8, 3)]
+    exchanges = [Exchange(mail, words, kind, total, residual, PATIENCE) for words in (8, 3)]
     check(exchanges, *play(rng, mail, exchanges))
 
 
@@ -123,7 +125,7 @@ def test_words_that_are_no_mailbox_are_refused():
 def test_a_nan_that_looks_like_an_empty_slot_arrives_as_a_nan(rng):
     mail = Mail(2, 128)
     for kind, dtype in (("f32", np.float32), ("bf16", ml_dtypes.bfloat16)):
-        exchange = Exchange(mail, 1, kind, True, PATIENCE)
+        exchange = Exchange(mail, 1, kind, True, patience=PATIENCE)
         program = parse(exchange.program())
         memory = Memory(rng)
         boxes = open_boxes(memory, mail)
@@ -143,7 +145,7 @@ def test_a_mailbox_that_was_moved_is_noticed(rng):
     memory = Memory(rng)
     boxes = open_boxes(memory, mail)
     moved = memory.place(0, memory.read(boxes[0], mail.words))
-    program = parse(Exchange(mail, 4, "f32", True, PATIENCE).program())
+    program = parse(Exchange(mail, 4, "f32", True, patience=PATIENCE).program())
     at = memory.place(0, [0] * 4), moved, memory.place(0, [0] * 4), 0
     with pytest.raises(Trap):
         list(thread(memory, 0, 0, program, at))

@@ -37,6 +37,9 @@ def test_the_reference_is_the_three_parts_one_after_another(rng):
     assert distance(found[0].reshape(b * t, -1), y) < 1e-2
     for one, other in zip(found[1:], (keys, values), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    added, *_ = attention_layer(**a, **options(SHAPE, stream=True, **FLAGS, **plain))
+    assert distance(added.reshape(b * t, -1), (rows + y).astype(jnp.float32)) < 1e-2
+    assert distance(added, found[0]) > 0.1
 
 
 def test_auto_takes_what_the_caller_has_instead(rng):
@@ -45,8 +48,8 @@ def test_auto_takes_what_the_caller_has_instead(rng):
     def elsewhere(h, *rest):
         return jnp.ones_like(h), rest[5], rest[6]
 
-    for context in (whole_layers, contextlib.nullcontext):
-        with context():
+    for context in (whole_layers("attention"), contextlib.nullcontext()):
+        with context:
             y, *_ = attention_layer(**a, **options(SHAPE, **FLAGS, elsewhere=elsewhere))
         assert (y == 1).all()
 
@@ -60,7 +63,7 @@ def test_the_kernel_is_taken_where_it_is_wanted(wanted, rng):
     def run(arguments):
         return attention_layer(**arguments, **options(shape, **FLAGS))
 
-    with whole_layers() if wanted else contextlib.nullcontext():
+    with whole_layers("attention" if wanted else "experts"):
         text = jax.jit(run).trace(a).lower(lowering_platforms=("cuda",)).as_text()
     assert ("mosaic_gpu" in text) == wanted
 

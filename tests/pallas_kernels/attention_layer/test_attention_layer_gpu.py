@@ -19,9 +19,10 @@ TOLERANCE = 1e-2
 
 
 @functools.cache
-def kernel(name):
+def kernel(name, stream=False):
     """Of a shape; the flags are the same for all launches."""
-    rest = options(SHAPES[name], flags=jnp.zeros(8, jnp.uint32), implementation="mosaic_gpu")
+    flags = dict(flags=jnp.zeros(8, jnp.uint32), stream=stream)
+    rest = options(SHAPES[name], **flags, implementation="mosaic_gpu")
     return jax.jit(lambda a: attention_layer(**a, **rest, ahead=a["qkv"]))
 
 
@@ -40,6 +41,8 @@ def test_matches_the_reference(name, t, start, live, rng):
     assert distance(found[0][:, :live], wanted[0][:, :live]) < TOLERANCE
     for one, other in zip(found[1:], wanted[1:], strict=True):
         assert distance(one, other) < TOLERANCE
+    wide = [np.asarray(x, np.float64)[:, :live] for x in (kernel(name, True)(a)[0], a["h"])]
+    assert distance(wide[0] - wide[1], wanted[0][:, :live]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

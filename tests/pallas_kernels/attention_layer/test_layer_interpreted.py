@@ -32,9 +32,11 @@ TOLERANCE = 5e-3
 NAMES = ("qkv", "heads", "y")
 
 
-def run(arguments, hooks=(Interpreted, Together)):
+def run(arguments, hooks=(Interpreted, Together), stream=False):
     """Three launches, each of which reads what the one before wrote; a ring of three stages."""
-    given = options(SHAPE, flags=jnp.zeros(8, jnp.uint32), plans=PLANS, stages=3, hooks=hooks)
+    given = options(
+        SHAPE, stream=stream, flags=jnp.zeros(8, jnp.uint32), plans=PLANS, stages=3, hooks=hooks
+    )
     given |= dict(interpret=plgpu.InterpretGPUParams())
     seen = dict(qkv_seen=(1, B * T, SHAPE.rows), heads_seen=(B * T, SHAPE.n * SHAPE.v))
     seen = {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in seen.items()}
@@ -64,6 +66,13 @@ def test_each_part_matches_its_reference(early, rng, monkeypatch):
     arguments = make(rng, SHAPE, B, T, 41, T)
     for name, out, ref in zip(NAMES, run(arguments), reference(arguments), strict=True):
         assert distance(out.reshape(ref.shape), ref) < TOLERANCE, name
+
+
+def test_the_stream_is_added_to_what_is_projected(rng):
+    arguments = make(rng, SHAPE, B, T, 41, T)
+    out, rows = run(arguments, stream=True)[-1], arguments["h"].reshape(B * T, SHAPE.d)
+    wanted = rows.astype(jnp.float32) + reference(arguments)[-1].astype(jnp.float32)
+    assert distance(out.reshape(wanted.shape), wanted) < TOLERANCE
 
 
 class LosesAStep(Interpreted):

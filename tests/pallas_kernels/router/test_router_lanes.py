@@ -28,12 +28,10 @@ PLANS = (
 
 def run(block: Block, case, order=None, counter=None, missing=None):
     """All clusters, in any order; what nobody writes is NaN, or no id. Outputs by name."""
-    h, norm, weight, bias, update, live = case
+    h, norm, weight, bias, live = case
     plan, t = block.plan, block.t
     counter = np.zeros(3, np.uint32) if counter is None else counter
     refs = dict(h=h, norm=norm, weight=weight, bias=bias, counter=counter)
-    if update is not None:
-        refs |= dict(update=update, stream=np.full(h.shape, np.nan, BF16))
     if live is not None:
         refs["live"] = live.astype(np.int32)
     refs |= dict(
@@ -56,10 +54,7 @@ def make(plan, t, c, wide, normalise=True, scale=1.0, kind=Block):
 
 def check(block, case, refs):
     """Asserts that all outputs mean what they should."""
-    h, norm, weight, bias, update, live = case
-    if update is not None:
-        h = (h.astype(np.float32) + update.astype(np.float32)).astype(BF16)
-        np.testing.assert_array_equal(refs["stream"], h)
+    h, norm, weight, bias, live = case
     x = normed(h, norm, EPSILON)
     flipped = refs["x"] != x
     # Sums in another order can round a value the other way, once in a long while.
@@ -95,7 +90,7 @@ def test_matches_the_reference(plan, t, c, normalise, scale, wide, rng):
     block = make(plan, t, c, wide, normalise, scale)
     order = rng.permutation(plan.clusters)
     check(block, case, run(block, case, order))
-    case = (*case[:4], None, None)
+    case = (*case[:4], None)
     check(block, case, run(block, case))
 
 
@@ -111,12 +106,12 @@ def test_ties_go_to_the_lowest_id(kind, rng):
     plan, t, c = PLANS[1], 4, 8
     case = list(random_case(rng, t, plan.columns, plan.experts, False))
     case[2] = case[2][rng.integers(0, 5, plan.experts)]
-    case[3][:], case[5][0] = 0.25, True
+    case[3][:], case[4][0] = 0.25, True
     refs = run(make(plan, t, c, False, kind=kind), case)
     assert all(len(set(row)) < 6 for row in refs["scores"])
     total = refs["scores"] + case[3]
     ids = np.argsort(-total, axis=1, kind="stable")[:, :c]
-    same = refs["ids"] == np.where(case[5][:, None], ids, -1)
+    same = refs["ids"] == np.where(case[4][:, None], ids, -1)
     assert same.all() == (kind is Block)
 
 
@@ -125,7 +120,7 @@ def test_a_bias_chooses_and_does_not_weigh(rng):
     case = list(random_case(rng, t, plan.columns, plan.experts, True))
     case[3][:] = -5.0
     case[3][[2, 7, 11]] = -4.0, -1.0, -2.0
-    case[4] = case[5] = None
+    case[4] = None
     refs = run(make(plan, t, c, True, normalise=False), case)
     np.testing.assert_array_equal(refs["ids"], [[7, 11, 2]] * t)
     np.testing.assert_array_equal(refs["weights"], refs["scores"][:, [7, 11, 2]])
@@ -135,20 +130,19 @@ def test_a_row_minds_its_own_business(rng):
     """Its bits are the same in every slot of blocks of any size, with anything beside it."""
     plan, c = PLANS[1], 6
     case = random_case(rng, 1, plan.columns, plan.experts, False)
-    own = run(make(plan, 1, c, False), (*case[:5], None))
+    own = run(make(plan, 1, c, False), (*case[:4], None))
     for t, slot in ((8, 3), (9, 8), (16, 0), (5, 4)):
         others = random_case(rng, t, plan.columns, plan.experts, False)
-        for whole, row in zip((others[0], others[4]), (case[0], case[4]), strict=True):
-            whole[slot] = row[0]
-        found = run(make(plan, t, c, False), (others[0], *case[1:4], others[4], None))
-        for name in ("x", "stream", "scores", "ids", "weights"):
+        others[0][slot] = case[0][0]
+        found = run(make(plan, t, c, False), (others[0], *case[1:4], None))
+        for name in ("x", "scores", "ids", "weights"):
             np.testing.assert_array_equal(found[name][slot], own[name][0], err_msg=name)
 
 
 def test_float32_weights_are_not_rounded(rng):
     plan = PLANS[2]
     case = list(random_case(rng, 5, plan.columns, plan.experts, True))
-    case[4] = case[5] = None
+    case[4] = None
     refs = run(make(plan, 5, 4, True), case)
     exact, rounded = (scores(refs["x"], w) for w in (case[2], case[2].astype(BF16)))
     far = np.abs(refs["scores"] - exact).max()

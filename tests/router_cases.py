@@ -11,14 +11,13 @@ def normal(rng, *shape):
 
 
 def random_case(rng, t, d, e, wide):
-    """h, norm, weight, bias, update, live."""
+    """h, norm, weight, bias, live."""
     weight = rng.normal(size=(e, d)) * d**-0.5
     return (
         (normal(rng, t, d) * BF16(rng.uniform(0.1, 30))).astype(BF16),
         normal(rng, d),
         weight.astype(np.float32 if wide else BF16),
         (rng.normal(size=e) * 0.1).astype(np.float32),
-        normal(rng, t, d),
         rng.random(t) < 0.7,
     )
 

@@ -138,7 +138,7 @@ class NumpyCluster(NumpyThreads):
             return super().exp2(x)
 
     def rsqrt(self, x):
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             return reg((1 / np.sqrt(np.asarray(x))).astype(np.float32))
 
     def bits(self, value):
