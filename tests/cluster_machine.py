@@ -32,8 +32,8 @@ class NumpyCluster(NumpyThreads):
 
     # --- global memory
 
-    def load_new(self, ref, index):
-        return self.as_float(self.load(ref, index, 4, 1)[0])
+    def load_new(self, ref, index, where=None):
+        return self.as_float(self.load(ref, index, 4, 1, where)[0])
 
     def store(self, ref, index, width, words, where):
         super().store(ref, index, width, words, where)

@@ -23,8 +23,9 @@ from mimo_jax.bench.kernel_jobs import (
 )
 from mimo_jax.bench.kernel_lines import ROUTED_EVENTS, read_stamps
 from mimo_jax.decode.program import GPU_OPTIONS
+from pallas_kernels.expert_ffn.block import Launch, default_launch
 from pallas_kernels.expert_ffn.layout import pack_experts
-from pallas_kernels.expert_ffn.mosaic_gpu import Launch, default_launch, run_flow
+from pallas_kernels.expert_ffn.mosaic_gpu import run_flow
 from pallas_kernels.expert_ffn.shapes import SHAPES, Shape
 from pallas_kernels.moe_layer.mosaic_gpu import moe_layer_mosaic
 from pallas_kernels.moe_layer.reference import moe_layer_reference

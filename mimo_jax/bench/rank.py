@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--whole-layers",
-        nargs="*",
+        nargs="+",
         default=(),
         choices=PARTS_OF_A_LAYER,
         help="parts of a layer that are one launch each (default: none)",

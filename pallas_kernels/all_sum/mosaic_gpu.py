@@ -74,7 +74,7 @@ def exchange_mosaic(
     exchange = exchange_of(x, Mail.of(mail.size, devices), total=total, residual=bool(added))
     dtype = x.dtype
     # A slice that only this kernel reads XLA would not make, but fuse with it, and leave the graph.
-    x = lax.optimization_barrier(x)
+    x, *added = lax.optimization_barrier((x, *added))
     if exchange.kind == "f32":
         x, *added = [array.astype(jnp.float32) for array in (x, *added)]
     program, more = exchange.program(), len(added)

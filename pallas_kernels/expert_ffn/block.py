@@ -8,6 +8,7 @@ import functools
 import math
 import typing
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -52,6 +53,18 @@ class Launch:
     def __post_init__(self):
         if self.time_line and not self.fused:
             raise ValueError(f"time_line needs fused=True: {self}.")
+
+
+def default_launch() -> Launch:
+    """A thread block for each SM that there is: other Hopper GPUs have fewer than an H200's 132."""
+    launch = Launch()
+    return dataclasses.replace(launch, ctas=min(launch.ctas, multiprocessors(launch.ctas)))
+
+
+def multiprocessors(otherwise: int) -> int:
+    """SMs of the GPU; without one, whose program may be compiled for another, what is given."""
+    device = jax.devices()[0]
+    return getattr(device, "core_count", otherwise) if device.platform == "gpu" else otherwise
 
 
 @typing.runtime_checkable

@@ -15,7 +15,9 @@ from pallas_kernels.expert_ffn.block import (
     Block,
     Launch,
     Pass,
+    default_launch,
     default_stages,
+    multiprocessors,
 )
 from pallas_kernels.expert_ffn.flow import Flow, make_flow
 from pallas_kernels.expert_ffn.layout import KernelWeights
@@ -117,21 +119,9 @@ def run_whole(flow: Flow, inputs: dict, weights: KernelWeights, launch: Launch, 
     return call(interpret, call(interpret, jnp.zeros(shape, jnp.bfloat16))["hidden"])
 
 
-def default_launch() -> Launch:
-    """A thread block for each SM that there is: other Hopper GPUs have fewer than an H200's 132."""
-    launch = Launch()
-    return dataclasses.replace(launch, ctas=min(launch.ctas, _multiprocessors(launch.ctas)))
-
-
-def _multiprocessors(otherwise: int) -> int:
-    """SMs of the GPU; without one, whose program may be compiled for another, what is given."""
-    device = jax.devices()[0]
-    return getattr(device, "core_count", otherwise) if device.platform == "gpu" else otherwise
-
-
 def _check_resident(launch):
     """Blocks that wait for each other must all be on the GPU; one takes an SM for itself."""
-    there = _multiprocessors(launch.ctas)
+    there = multiprocessors(launch.ctas)
     if there < launch.ctas:
         raise ValueError(
             f"{launch.ctas} thread blocks that wait for each other need as many SMs; "

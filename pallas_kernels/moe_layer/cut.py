@@ -1,7 +1,7 @@
 """How a mixture of experts with its router is cut for one launch, and what fits it."""
 
-from pallas_kernels.expert_ffn.block import Launch
-from pallas_kernels.expert_ffn.layout import MOST_ROUTED, ROUTED, KernelWeights
+from pallas_kernels.expert_ffn.block import default_launch
+from pallas_kernels.expert_ffn.layout import BARRIER_WORDS, MOST_ROUTED, ROUTED, KernelWeights
 from pallas_kernels.expert_ffn.ring import flow_misfit
 from pallas_kernels.expert_ffn.slots import TOKENS
 from pallas_kernels.moe_layer.front import MOST_OWN, PIECE, Front
@@ -48,7 +48,11 @@ def misfit(
     weights: KernelWeights, t: int, choices: int, wide: bool, blocks: int | None = None
 ) -> str | None:
     """What one launch would take that these are not, or None."""
-    front = front_of(weights, t, choices, wide, blocks or Launch().ctas)
+    front = front_of(weights, t, choices, wide, blocks or default_launch().ctas)
+    if weights.barrier.size < BARRIER_WORDS:
+        return (
+            f"{BARRIER_WORDS} words of `barrier`, as pack_experts makes, not {weights.barrier.size}"
+        )
     experts = front.experts
     if experts % _LANES or TOKENS * experts > MOST_ROUTED or front.own > MOST_OWN:
         most = min(MOST_ROUTED // TOKENS, MOST_OWN * front.blocks)

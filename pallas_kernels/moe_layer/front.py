@@ -94,7 +94,7 @@ class Front:
         warp, lane = m.thread // 32, m.thread % 32
         g, c = lane // 4, lane % 4
         mine = warp % self.slices
-        before = m.load_new(refs["flags"], m.const(self.words[0]))
+        before = m.load_new(refs["flags"], m.const(self.words[0]), m.thread.equals(0))
         start = g * self.columns + mine * (self.columns // self.slices) + c * 8
         there, words = m.const(self.t) > g, []
         for piece in range(self.pieces):
@@ -184,10 +184,11 @@ class Front:
         logit = _added(m, refs["logits"], at, TOKENS * MOST_OWN, self.slices)
         score = m.bits(arithmetic.sigmoid(m, logit)) & ~_SIGN
         (mark,) = m.load_shared(refs["mark"], m.const(0), 1)
-        # The last blocks may have experts of those before them, and say the same.
+        # The last blocks may hold experts of those before them, of which these tell.
         expert = m.minimum(block * self.own, self.experts - self.own) + own
         at = token * self.experts + expert + self.words[1]
-        m.store_new(refs["flags"], at, score | m.bits(mark), m.const(cells) > m.thread)
+        there = (m.const(cells) > m.thread) & (expert >= block * self.own)
+        m.store_new(refs["flags"], at, score | m.bits(mark), there)
 
     # --- choices ------------------------------------------------------------------------------
 

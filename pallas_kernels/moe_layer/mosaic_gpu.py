@@ -6,10 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.expert_ffn.block import Launch
+from pallas_kernels.expert_ffn.block import Launch, default_launch
 from pallas_kernels.expert_ffn.flow import make_flow
 from pallas_kernels.expert_ffn.layout import KernelWeights
-from pallas_kernels.expert_ffn.mosaic_gpu import default_launch, make_hooks, run_whole
+from pallas_kernels.expert_ffn.mosaic_gpu import make_hooks, run_whole
 from pallas_kernels.moe_layer.cut import front_of, misfit, shared_bytes
 
 _STATIC = (

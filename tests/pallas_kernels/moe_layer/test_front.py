@@ -129,6 +129,32 @@ def test_launches_one_after_another(rng):
         check(Launch(front, random_case(rng, t, front.columns, front.experts, False), flags))
 
 
+class TellsOfOthers(Front):
+    """Counts who writes each score."""
+
+    def _tell(self, m, refs, block):
+        counted = np.zeros(refs["flags"].shape, int)
+
+        def store(ref, index, word, where):
+            np.add.at(counted, np.asarray(index)[np.asarray(where)], 1)
+            type(m).store_new(m, ref, index, word, where)
+
+        m.store_new = store
+        super()._tell(m, refs, block)
+        TellsOfOthers.counted = TellsOfOthers.counted + counted
+
+
+@pytest.mark.parametrize("blocks", [13, 37, 96, 110])
+def test_each_score_is_written_once(blocks, rng):
+    """Where blocks' shares of the experts are not equal, too."""
+    front = make(blocks=blocks, kind=TellsOfOthers)
+    case = random_case(rng, front.t, front.columns, front.experts, False)
+    TellsOfOthers.counted = 0
+    check(Launch(front, case, new_flags(front)))
+    assert (TellsOfOthers.counted[WORDS[1] : WORDS[1] + 8 * front.experts] == 1).all()
+    assert TellsOfOthers.counted.sum() == 8 * front.experts
+
+
 class KeepsItsMark(Front):
     """A planted bug: scores do not say of what launch they are."""
 
