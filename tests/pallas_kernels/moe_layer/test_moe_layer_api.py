@@ -1,7 +1,6 @@
 """What the API of router and experts checks, what it means, and when it is the kernel."""
 
 import contextlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from moe_layer_cases import expected, make, options
 
 from mimo_jax.model.moe import ATTENTION_WORD, ROUTER_WORD
 from pallas_kernels.choice import whole_layers
-from pallas_kernels.expert_ffn import pack_experts
+from pallas_kernels.expert_ffn import block, pack_experts
 from pallas_kernels.expert_ffn.layout import (
     BARRIER_WORDS,
     CLAIM,
@@ -92,28 +91,27 @@ def test_arguments_that_do_not_fit(change, words, given):
         call(given, **change)
 
 
-def abstract(shape, words):
-    """Packed weights of a shape, none of which exist."""
-    plans = plan_for(2 * shape.f, shape.d), plan_for(shape.d, shape.f)
+def why_not(shape, wide, words=BARRIER_WORDS):
+    """What `misfit` says of a shape, whose weights do not exist."""
+    plans, found = (plan_for(2 * shape.f, shape.d), plan_for(shape.d, shape.f)), []
 
-    def make():
+    def trace():
         arrays = [jnp.zeros((shape.e, *plan.packed_shape), jnp.uint32) for plan in plans]
-        return KernelWeights(*arrays, jnp.zeros(words, jnp.uint32), *plans)
+        weights = KernelWeights(*arrays, jnp.zeros(words, jnp.uint32), *plans)
+        found.append(misfit(weights, 8, shape.c, wide))
 
-    return jax.eval_shape(make)
+    jax.eval_shape(trace)
+    return found[0]
 
 
 def test_what_fits_is_asked_for_the_blocks_that_there_are(monkeypatch):
     """A router in float32 has more rows a block on a GPU of fewer SMs; the words are counted."""
     shape = SHAPES["pro-tp8"]
-    weights = abstract(shape, BARRIER_WORDS)
-    device = types.SimpleNamespace(platform="gpu", core_count=114)
-    assert misfit(weights, 8, shape.c, wide=True) is None
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert "less than 3 stages" in misfit(weights, 8, shape.c, wide=True)
-    assert misfit(weights, 8, shape.c, wide=False) is None
-    few = abstract(shape, BARRIER_WORDS - 1)
-    assert f"{BARRIER_WORDS} words of `barrier`" in misfit(few, 8, shape.c, wide=False)
+    assert why_not(shape, wide=True) is None
+    monkeypatch.setattr(block, "multiprocessors", lambda _: 114)
+    assert "less than 3 stages" in why_not(shape, wide=True)
+    assert why_not(shape, wide=False) is None
+    assert f"{BARRIER_WORDS} words of `barrier`" in why_not(shape, False, BARRIER_WORDS - 1)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU says")
