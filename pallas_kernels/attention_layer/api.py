@@ -41,8 +41,6 @@ def attention_layer(
 ):
     """output(attention(qkv(norm(h)))) of a block against a window's ring, to which it is written.
 
-    With `stream` h is added to it.
-
     "reference" is plain jnp. "mosaic_gpu" is one launch for Hopper, whose thread blocks meet twice:
     all of them must be resident. "auto" takes it in programs for GPUs that are traced inside
     `choice.whole_layers`, and else what the caller has instead.
@@ -82,9 +80,8 @@ def attention_layer(
     check_name(implementation)
     _check(h, qkv, cos, sin, keys, values, start, live, window, sink)
     options = dict(window=window, value_scale=float(value_scale), epsilon=epsilon, stream=stream)
-    reference = functools.partial(attention_layer_reference, **options)
-    if implementation == "auto" and elsewhere is not None:
-        reference = elsewhere
+    instead = implementation == "auto" and elsewhere is not None
+    reference = elsewhere if instead else functools.partial(attention_layer_reference, **options)
     arguments = h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output
     arguments = *arguments, output_scale
     if implementation == "auto" and not whole_wanted("attention"):
