@@ -33,7 +33,13 @@ def without_kernels():
 
 @contextlib.contextmanager
 def whole_layers(*parts: str):
-    """What is traced meanwhile has some `PARTS_OF_A_LAYER` in one launch each, where they fit."""
+    """What is traced meanwhile has some `PARTS_OF_A_LAYER` in one launch each, where they fit.
+
+    Raises:
+      ValueError: on another name.
+    """
+    if unknown := sorted(set(parts) - set(PARTS_OF_A_LAYER)):
+        raise ValueError(f"{unknown} cannot be one launch each: only {PARTS_OF_A_LAYER} can.")
     before = _WHOLE.set(frozenset(parts))
     try:
         yield

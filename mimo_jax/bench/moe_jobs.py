@@ -140,28 +140,24 @@ def once(h, norm, router, bias, weights, counter, way: str, c: int, launch: Laun
     return found["y"], found.get("stamps")
 
 
-@functools.partial(
-    jax.jit, static_argnames=("way", "c", "launch", "passes", "repeats"),
-    compiler_options=GPU_OPTIONS,
-)  # fmt: skip
-def layers(h, norm, routers, weights, counter, way, c, launch, passes=_PASSES, repeats=_REPEATS):
+@functools.partial(jax.jit, static_argnames=("way", "c", "launch"), compiler_options=GPU_OPTIONS)
+def layers(h, norm, routers, weights, counter, way, c, launch):
     """Many layers in a row, each on the stream of the one before, over and over: one CUDA graph."""
 
     def all_layers(_, h):
-        for router, bias in routers * passes:
+        for router, bias in routers * _PASSES:
             h, _ = once(h, norm, router, bias, weights, counter, way, c, launch)
         return h
 
-    return jax.lax.fori_loop(0, repeats, all_layers, h)
+    return jax.lax.fori_loop(0, _REPEATS, all_layers, h)
 
 
 def inputs(rng, job: Job, held: dict):
     """Arguments of `layers`, and the shape's choices."""
     shape, wide = SHAPES[job["shape"]], job["shape"] in _WIDE
     weights = held_weights(job, held)
-    if held.get("routers_of") != job["shape"]:
+    if "routers" not in held:  # Another shape's went with its weights.
         held["routers"] = random_routers(jax.random.key(1), shape, wide, _LAYERS)
-        held["routers_of"] = job["shape"]
     h = jnp.asarray(rng.normal(size=(job["t"], shape.d)), jnp.bfloat16)
     norm = jnp.ones(shape.d, jnp.bfloat16)
     return (h, norm, held["routers"], weights, new_counter()), shape.c

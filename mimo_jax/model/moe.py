@@ -153,33 +153,38 @@ class MoE(nnx.Module):
           ahead: weights that are read next.
         """
         rows, live = h.reshape(-1, h.shape[-1]), live.reshape(-1)
-
-        def separate(rows, live, residual):
-            x, ids, routing = self.route(rows, norm, live)
-            return self._mix(x, ids, routing, parallel, residual, ahead)
+        # One launch has all of the router's experts, or none.
+        whole = self._takes_kernels(rows) and not parallel.experts
 
         def mix(residual):
-            part = partial(separate, residual=residual)
-            if not self._takes_kernels(rows) or parallel.experts:
-                return part(rows, live)
-            router, options = self.router, self._router_options(norm)
+            separate = partial(self._separate, norm, parallel, ahead, residual)
+            if not whole:
+                return separate(rows, live)
             with jax.named_scope("moe_layer"):
                 return moe_layer(
-                    *(rows, norm.weight[...], router.weight[...], router.bias[...]),
+                    *self._router_arguments(rows, norm),
                     self.experts.weights,
-                    **options,
+                    **self._router_options(norm),
                     live=live,
                     stream=residual is not None,
                     ahead=value(ahead),
-                    elsewhere=part,
+                    elsewhere=separate,
                 )
 
         return parallel.add(rows, mix).reshape(h.shape)
+
+    def _separate(self, norm, parallel, ahead, residual, rows, live):
+        """This device's part of the sum, and a residual, by a router's launch and experts'."""
+        x, ids, routing = self.route(rows, norm, live)
+        return self._mix(x, ids, routing, parallel, residual, ahead)
 
     def _takes_kernels(self, rows) -> bool:
         """Whether kernels may be asked about rows of the stream."""
         packed, (t, _) = self.experts.plans is not None, rows.shape
         return packed and rows.dtype == jnp.bfloat16 and t <= MOST_TOKENS
+
+    def _router_arguments(self, rows, norm: RMSNorm) -> tuple:
+        return rows, norm.weight[...], self.router.weight[...], self.router.bias[...]
 
     def _router_options(self, norm: RMSNorm) -> dict:
         router = self.router
@@ -199,7 +204,7 @@ class MoE(nnx.Module):
             return elsewhere(h, live)
         with jax.named_scope("router"):
             return route(
-                *(h, norm.weight[...], router.weight[...], router.bias[...]),
+                *self._router_arguments(h, norm),
                 **self._router_options(norm),
                 live=live,
                 counter=experts.barrier[...],

@@ -127,11 +127,16 @@ class Machine:
         Past the first-level cache only where the hardware must: others may have written before this
         launch, nobody else writes what is read during it.
         """
+        pointer = ptx.address(ref, index.value, width)
+        return self._load_at(pointer, offset * width, words, where, other)
+
+    def _load_at(self, pointer, num_bytes: int, words: int, where=None, other=None) -> list[Reg]:
+        """`load`, of what is so many bytes beyond a pointer."""
         outputs = [f"${i}" for i in range(words)]
         target = outputs[0] if words == 1 else "{" + ", ".join(outputs) + "}"
         kind = f"ld.global{'' if words == 1 else f'.v{words}'}.b32"
-        pointer, operands, constraints = ptx.address(ref, index.value, width), [], "l"
-        text = f"{kind} {target}, [${words}+{offset * width}];"
+        operands, constraints = [], "l"
+        text = f"{kind} {target}, [${words}+{num_bytes}];"
         if where is not None:
             zeros = " ".join(f"mov.b32 {out}, 0;" for out in outputs) if other is None else ""
             text = f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0; {zeros} @p {text} }}"
@@ -145,18 +150,13 @@ class Machine:
     def load_either(
         self, condition: Reg, one, other, width: int, words: int, offset: int = 0
     ) -> list[Reg]:
-        """2 or 4 words of one (reference, index) where the condition holds, else of the other.
+        """1, 2 or 4 words of one (reference, index) where the condition holds, else of the other.
 
         Two loads, of which each lane needs one, would wait for each other: their registers are the
         same.
         """
         places = [ptx.address(ref, index.value, width) for ref, index in (one, other)]
-        pointer = arith.select(condition.value, *places)
-        target = ", ".join(f"${i}" for i in range(words))
-        text = f"ld.global.v{words}.b32 {{{target}}}, [${words}+{offset * width}];"
-        constraints = ",".join(["=&r"] * words + ["l"])
-        found = ptx.results(words, ptx.i32(), [pointer], text, constraints, effects=True)
-        return [Reg(word) for word in found]
+        return self._load_at(arith.select(condition.value, *places), offset * width, words)
 
     def store(
         self, ref, index: Reg, width: int, words: Sequence[Reg], where: Reg, offset: int = 0

@@ -105,6 +105,29 @@ class Hooks(typing.Protocol):
         """Adds a unit's slices and writes its rows of the result."""
 
 
+@typing.runtime_checkable
+class Front(typing.Protocol):
+    """What chooses the experts in the launch that runs them: in PTX, or in jnp on a CPU."""
+
+    def told(self, groups: int) -> tuple[tuple[str, int, int], ...]:
+        """Barriers: name, number, and warpgroups that arrive, of `groups` that multiply."""
+
+    def scratch_types(self) -> dict:
+        """Its shared memory."""
+
+    def copy(self, refs):
+        """Starts its copies, by the producer."""
+
+    def rows(self, hooks, refs, group, stamp):
+        """The rows of x as products take them, when the work is listed; by those that multiply."""
+
+    def chosen(self, hooks, refs):
+        """References to ids and routing weights, when they are there; by the finisher."""
+
+    def end(self, refs):
+        """Leaves its words fit for the next launch, by one block when all have met."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pass:
     """One matrix, streamed once for each slot.

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.expert_ffn.block import FINISHER_REGISTERS, common_width, place
+from pallas_kernels.expert_ffn.block import FINISHER_REGISTERS, Front, common_width, place
 from pallas_kernels.expert_ffn.layout import KernelWeights, Plan
 from pallas_kernels.expert_ffn.ring import (
     flow_misfit,
@@ -66,7 +66,7 @@ class Flow:
     stages: int
     time_line: bool
     runs: int | None = None
-    front: typing.Any = None
+    front: Front | None = None
 
     @property
     def consumers(self) -> int:

@@ -1,13 +1,17 @@
 """How a mixture of experts with its router is cut for one launch, and what fits it."""
 
 from pallas_kernels.expert_ffn.block import default_launch
-from pallas_kernels.expert_ffn.layout import BARRIER_WORDS, MOST_ROUTED, ROUTED, KernelWeights
+from pallas_kernels.expert_ffn.layout import (
+    BARRIER_WORDS,
+    MARK,
+    MOST_ROUTED,
+    ROUTED,
+    KernelWeights,
+)
 from pallas_kernels.expert_ffn.ring import flow_misfit
 from pallas_kernels.expert_ffn.slots import TOKENS
 from pallas_kernels.moe_layer.front import MOST_OWN, PIECE, Front
 
-MARK = 28
-"""Of the words that launches share, the one that says which launch it is."""
 _LANES = 32
 
 

@@ -87,26 +87,39 @@ class Front:
             weights_here=self.t * self.c,
         )
 
+    def held(self, m, block):
+        """The first of the router's experts whose weights a block holds."""
+        return m.minimum(block * self.own, self.experts - self.own)
+
+    def _place(self, m):
+        """Where a lane is: g, c, its slice, its first column, and whether it is the slice's own.
+
+        A slice's own warp is the first that has it; others know the same.
+        """
+        warp, lane = m.thread // 32, m.thread % 32
+        g, c, mine = lane // 4, lane % 4, warp % self.slices
+        column = mine * (self.columns // self.slices) + c * 8
+        return g, c, mine, column, m.const(self.slices) > warp
+
     # --- the norm -----------------------------------------------------------------------------
 
-    def gather(self, m, refs):
+    def scaled_rows(self, m, refs):
         """A lane's words of the rows over their root mean square; zeros where there is no token."""
-        warp, lane = m.thread // 32, m.thread % 32
-        g, c = lane // 4, lane % 4
-        mine = warp % self.slices
+        g, c, mine, column, own = self._place(m)
         before = m.load_new(refs["flags"], m.const(self.words[0]), m.thread.equals(0))
-        start = g * self.columns + mine * (self.columns // self.slices) + c * 8
         there, words = m.const(self.t) > g, []
         for piece in range(self.pieces):
-            words += m.load(refs["h"], start, 2, 4, there, offset=PIECE * piece)
+            at = g * self.columns + column
+            words += m.load(refs["h"], at, 2, 4, there, offset=PIECE * piece)
         total = self._squares(m, words, g)
-        place = mine * TOKENS + g
-        once = m.const(self.slices) > warp
-        m.store_shared(refs["squares"], place, [total], once & c.equals(g // 2))
+        diagonal = c.equals(g // 2)
+        m.store_shared(refs["squares"], mine * TOKENS + g, [total], own & diagonal)
         mark = m.as_float(m.where(m.bits(before).equals(0), m.const(_SIGN), m.const(0)))
         m.store_shared(refs["mark"], m.const(0), [mark], m.thread.equals(0))
         m.barrier()
-        mean = _added(m, refs["squares"], g, TOKENS, self.slices) / m.const(float(self.columns))
+        mean = arithmetic.added(m, refs["squares"], g, TOKENS, self.slices) / m.const(
+            float(self.columns)
+        )
         scale = m.rsqrt(mean + m.const(self.epsilon))
         return [arithmetic.scaled(m, scale, word) for word in words]
 
@@ -121,13 +134,14 @@ class Front:
     def _multiply(self, m, pairs):
         """Sums of products of words as rows with words as columns, pairs of lists of both."""
         zero, sums = m.const(0), [[m.const(0.0)] * 4 for _ in range(_CHAINS)]
-        nth = 0
-        for rows, columns in pairs:
-            for i in range(0, len(rows), 2):
-                chain = nth % _CHAINS
-                left = rows[i], zero, rows[i + 1], zero
-                sums[chain] = m.multiply(left, columns[i : i + 2], sums[chain])
-                nth += 1
+        steps = (
+            (rows[i : i + 2], columns[i : i + 2])
+            for rows, columns in pairs
+            for i in range(0, len(rows), 2)
+        )
+        for nth, ((low, high), right) in enumerate(steps):
+            chain = nth % _CHAINS
+            sums[chain] = m.multiply((low, zero, high, zero), right, sums[chain])
         return [(a + b) + (c + d) for a, b, c, d in zip(*sums, strict=True)]
 
     # --- scores -------------------------------------------------------------------------------
@@ -139,18 +153,15 @@ class Front:
           m: the machine.
           refs: memory.
           block: number of the block.
-          words: of `gather`.
+          words: of `scaled_rows`.
         """
-        warp, lane = m.thread // 32, m.thread % 32
-        g, c = lane // 4, lane % 4
-        mine = warp % self.slices
-        first = mine * (self.columns // self.slices) + c * 8
+        g, c, mine, column, own = self._place(m)
         rows = []
         for piece in range(self.pieces):
-            gain = m.load_shared(refs["gain_here"], first // 2 + PIECE // 2 * piece, 4)
-            own = words[4 * piece : 4 * piece + 4]
-            rows += [m.times(word, m.bits(x)) for word, x in zip(own, gain, strict=True)]
-        weights = self._weights(m, refs, m.minimum(g, self.own - 1), first)
+            gain = m.load_shared(refs["gain_here"], column // 2 + PIECE // 2 * piece, 4)
+            part = words[4 * piece : 4 * piece + 4]
+            rows += [m.times(word, m.bits(x)) for word, x in zip(part, gain, strict=True)]
+        weights = self._weights(m, refs, m.minimum(g, self.own - 1), column)
         pairs = (
             (rows[4 * piece : 4 * piece + 4], digit)
             for piece, digits in enumerate(weights)
@@ -158,7 +169,7 @@ class Front:
         )
         sums = self._multiply(m, pairs)
         cell = (mine * TOKENS + g) * MOST_OWN + c * 2
-        m.store_shared(refs["logits"], cell, sums[:2], m.const(self.slices) > warp)
+        m.store_shared(refs["logits"], cell, sums[:2], own)
         m.barrier()
         self._tell(m, refs, block)
         return [m.raised(word) for word in rows]
@@ -181,11 +192,11 @@ class Front:
         cell = m.minimum(m.thread, cells - 1)
         token, own = cell // self.own, cell % self.own
         at = token * MOST_OWN + own
-        logit = _added(m, refs["logits"], at, TOKENS * MOST_OWN, self.slices)
+        logit = arithmetic.added(m, refs["logits"], at, TOKENS * MOST_OWN, self.slices)
         score = m.bits(arithmetic.sigmoid(m, logit)) & ~_SIGN
         (mark,) = m.load_shared(refs["mark"], m.const(0), 1)
         # The last blocks may hold experts of those before them, of which these tell.
-        expert = m.minimum(block * self.own, self.experts - self.own) + own
+        expert = self.held(m, block) + own
         at = token * self.experts + expert + self.words[1]
         there = (m.const(cells) > m.thread) & (expert >= block * self.own)
         m.store_new(refs["flags"], at, score | m.bits(mark), there)
@@ -219,12 +230,3 @@ class Front:
         there, at = m.const(self.c) > lane, token * self.c + m.minimum(lane, self.c - 1)
         m.store_shared(refs["ids_here"], at, [m.as_float(best)], there)
         m.store_shared(refs["weights_here"], at, [weight], there)
-
-
-def _added(m, ref, index, pitch: int, count: int):
-    """The sum of `count` floats of shared memory, in order."""
-    total = None
-    for i in range(count):
-        (value,) = m.load_shared(ref, index + pitch * i, 1)
-        total = value if total is None else total + value
-    return total

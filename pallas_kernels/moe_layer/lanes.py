@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import carriers, ptx
 from pallas_kernels.attention.machine import Reg
@@ -41,11 +40,10 @@ class FrontLanes:
 
         @plgpu.inline_mgpu(arg_types=kinds)
         def run(_, router, norm, router_here, gain_here, told, block):
-            first = ptx.mul(ptx.scalar(block), front.own)
-            first = arith.minui(first, ptx.int32(front.experts - front.own))
+            first = front.held(FrontMachine(ptx.THREADS), Reg(ptx.scalar(block)))
             line = 4 * front.row_words
             copies = (
-                (router_here, ptx.address(router, first, line), front.own * line),
+                (router_here, ptx.address(router, first.value, line), front.own * line),
                 (gain_here, ptx.address(norm, 0, 2), 2 * front.columns),
             )
             for nth, (target, source, size) in enumerate(copies, place[1]):
@@ -59,49 +57,45 @@ class FrontLanes:
         """The rows as the experts' products take them, when the work is listed."""
         del group
         block, count = lax.axis_index("cta"), 4 * self.front.pieces
-        words = self._on_machine(refs, "gather", ("flags", "h", "squares", "mark"), count)()
+        words = self._run(refs, "scaled_rows", ("flags", "h", "squares", "mark"), count)
         stamp(3)
         for nth in (0, 1):
             hooks.wait(refs["router_full"], nth, 0)
         taken = ("flags", "router_here", "gain_here", "logits", "mark")
-        words = self._on_machine(refs, "score", taken, count)(block, words)
+        words = self._run(refs, "score", taken, count, block, words)
         stamp(4)
         taken = ("flags", "bias", "alive", "mark", "scores_here", "ids_here", "weights_here")
-        self._on_machine(refs, "choose", taken, None)()
+        self._run(refs, "choose", taken, None)
         hooks.arrive(refs["chosen"], 0)
         stamp(5)
         plgpu.barrier_wait(refs["listed"])
         return words
 
-    def _on_machine(self, refs, name, taken, count):
-        """A function of `Front` for the threads that multiply: takes a block and words, or nothing.
+    def _run(self, refs, name, taken, count, *given):
+        """A function of `Front`, by the threads that multiply.
 
         Args:
           refs: memory.
           name: of the function.
-          taken: names of what it takes of the memory.
+          taken: names of what it takes of the memory, if it is there.
           count: words that it returns, or None.
+          *given: the block and words, if it takes them.
         """
         front, taken = self.front, [key for key in taken if key in refs]
+        more = (plgpu.Layout.WG_SPLAT, carriers.carrier(4 * front.pieces)) if given else ()
         kind = None if count is None else carriers.carried(count, jnp.int32)
 
-        def call(*given):
-            more = (plgpu.Layout.WG_SPLAT, carriers.carrier(4 * front.pieces))[: len(given)]
-            kinds = (*[plgpu.RefType()] * len(taken), *more)
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(taken), *more), return_type=kind)
+        def run(_, *arguments):
+            memory = dict(zip(taken, arguments, strict=False))
+            machine, rest = FrontMachine(32 * front.warps), arguments[len(taken) :]
+            if rest:
+                rest = Reg(ptx.scalar(rest[0])), [Reg(w) for w in carriers.values(rest[1])]
+            found = getattr(front, name)(machine, memory, *rest)
+            if count is not None:
+                return carriers.carry_values([word.value for word in found], signed=True)
 
-            @plgpu.inline_mgpu(arg_types=kinds, return_type=kind)
-            def run(_, *arguments):
-                memory = dict(zip(taken, arguments, strict=False))
-                machine, rest = FrontMachine(32 * front.warps), arguments[len(taken) :]
-                if rest:
-                    rest = Reg(ptx.scalar(rest[0])), [Reg(w) for w in carriers.values(rest[1])]
-                found = getattr(front, name)(machine, memory, *rest)
-                if count is not None:
-                    return carriers.carry_values([word.value for word in found], signed=True)
-
-            return run(*(refs[key] for key in taken), *given)
-
-        return call
+        return run(*(refs[key] for key in taken), *given)
 
     def chosen(self, hooks, refs):
         """Ids and weights, when all are there."""

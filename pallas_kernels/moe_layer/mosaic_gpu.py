@@ -1,6 +1,5 @@
 """A mixture of experts with its router on Hopper, in one launch."""
 
-import dataclasses
 import functools
 
 import jax
@@ -35,7 +34,6 @@ def moe_layer_mosaic(
     experts = weights.gate_up.shape[0]
     make, grid = make_hooks(hooks, launch, interpret, t, choices, experts, blocked=True)
     first = (front or _hooks(interpret))(cut)
-    launch = dataclasses.replace(launch, fused=True)
     flow = make_flow(weights, t, choices, make, grid, launch, first, shared_bytes(cut))
     inputs = dict(h=h, norm=norm, router=router, bias=bias)
     more = dict(alive=None if live is None else live.astype(jnp.int32), ahead=ahead)

@@ -1,4 +1,4 @@
-"""What threads of a router compute in registers, on a `Machine` or on numpy's stand-in."""
+"""What threads of a router compute, on a `Machine` or on numpy's stand-in."""
 
 from pallas_kernels.softmax import LOG2E
 
@@ -24,6 +24,15 @@ def digits(m, words):
         found.append([m.halves(*words[i : i + 2], True) for i in range(0, len(words), 2)])
         words = [m.bits(m.as_float(w) - m.as_float(w & ~0xFFFF)) for w in words]
     return found
+
+
+def added(m, ref, index, pitch: int, count: int):
+    """The sum of `count` floats of shared memory, each `pitch` from the one before, in order."""
+    total = None
+    for i in range(count):
+        (value,) = m.load_shared(ref, index + pitch * i, 1)
+        total = value if total is None else total + value
+    return total
 
 
 def sigmoid(m, logit):

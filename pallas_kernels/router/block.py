@@ -173,7 +173,7 @@ class Block:
         m.barrier()
         # A thread for each token and block of the cluster, which it tells this block's sum.
         token, rank = m.thread % tokens, m.minimum(m.thread // tokens, plan.ranks - 1)
-        total = self._added(m, refs["squares"], token, tokens, plan.warps)
+        total = arithmetic.added(m, refs["squares"], token, tokens, plan.warps)
         telling = m.const(plan.ranks * tokens) > m.thread
         m.meet_cluster()
         inbox = refs["told"], _SQUARES
@@ -181,18 +181,10 @@ class Block:
         m.receive(inbox)
         scales = []
         for token, _ in self._tokens(m, at):
-            total = self._added(m, refs["row_squares"], token, tokens, plan.ranks)
+            total = arithmetic.added(m, refs["row_squares"], token, tokens, plan.ranks)
             mean = total / m.const(float(plan.columns))
             scales.append(m.rsqrt(mean + m.const(self.epsilon)))
         return scales
-
-    def _added(self, m, ref, index, pitch: int, count: int):
-        """The sum of `count` floats of shared memory, in order."""
-        total = None
-        for i in range(count):
-            (value,) = m.load_shared(ref, index + pitch * i, 1)
-            total = value if total is None else total + value
-        return total
 
     # --- products ---------------------------------------------------------------------------------
 
@@ -236,7 +228,7 @@ class Block:
         """Adds the warps' sums in order, and gives them to the cluster's first block."""
         m.barrier()
         for cell, there in self._cells(m):
-            total = self._added(m, refs["sums"], cell, self.cells, self.plan.warps)
+            total = arithmetic.added(m, refs["sums"], cell, self.cells, self.plan.warps)
             index = at.rank * self.cells + cell
             m.send(refs["shares"], index, total, m.const(0), (refs["told"], _SHARES), there)
 
@@ -247,7 +239,7 @@ class Block:
         plan = self.plan
         m.receive((refs["told"], _SHARES))
         for cell, there in self._cells(m):
-            logit = self._added(m, refs["shares"], cell, self.cells, plan.ranks)
+            logit = arithmetic.added(m, refs["shares"], cell, self.cells, plan.ranks)
             score = arithmetic.sigmoid(m, logit)
             token, expert = cell // plan.rows, at.cluster * plan.rows + cell % plan.rows
             there = there & (m.const(self.t) > token) & (m.const(plan.experts) > expert)

@@ -15,11 +15,10 @@ from pallas_kernels.moe_layer import moe_layer
 LAYERS = 6
 
 
-def arguments(name: str, t: int, wide: bool = False, ahead: bool = True) -> dict:
+def arguments(name: str, t: int, wide: bool = False) -> dict:
     """A layer's, by name."""
     shape = SHAPES[name]
     x, weights, *_ = abstract(shape, t)
-    experts = weights.gate_up.shape[0]
 
     def array(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -27,11 +26,11 @@ def arguments(name: str, t: int, wide: bool = False, ahead: bool = True) -> dict
     return dict(
         h=x,
         norm=array(shape.d),
-        router=array(experts, shape.d, dtype=jnp.float32 if wide else jnp.bfloat16),
-        bias=array(experts, dtype=jnp.float32),
+        router=array(shape.e, shape.d, dtype=jnp.float32 if wide else jnp.bfloat16),
+        bias=array(shape.e, dtype=jnp.float32),
         weights=weights,
         live=array(t, dtype=jnp.bool_),
-        ahead=array(3392, shape.d, dtype=jnp.float8_e4m3fn) if ahead else None,
+        ahead=array(3392, shape.d, dtype=jnp.float8_e4m3fn),
     )
 
 

@@ -8,10 +8,14 @@ SIGN = np.int32(-(2**31))
 
 
 class NumpyFront(NumpyCluster):
-    """The threads of a block that multiply; barrier number `missing` is none."""
+    """The threads of a block that multiply; barrier number `missing` is none.
+
+    `told` are the places of what was stored for other blocks.
+    """
 
     def __init__(self, threads, missing=None):
         super().__init__(threads, ranks=1, missing=missing)
+        self.told = []
 
     def times(self, a, b):
         pairs = zip(self.unpack(a), self.unpack(b), strict=True)
@@ -22,6 +26,7 @@ class NumpyFront(NumpyCluster):
 
     def store_new(self, ref, index, word, where):
         self.store(ref, index, 4, [word], where)
+        self.told += np.asarray(index)[np.asarray(where)].tolist()
 
     def await_marked(self, ref, index, count, pitch, mark):
         found = [self.load(ref, index, 4, 1, offset=pitch * i)[0] for i in range(count)]

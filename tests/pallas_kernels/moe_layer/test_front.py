@@ -33,13 +33,18 @@ def new_flags(front):
 class Launch:
     """All blocks of a launch: each until its scores are written, then each chooses."""
 
-    def __init__(self, front, case, flags, order=None, missing=None):
+    def __init__(self, front, case, flags, missing=None):
         self.front, self.case, self.flags, self.missing = front, case, flags, missing
-        blocks = range(front.blocks) if order is None else order
+
+    def run(self, order=None):
+        """In any order; the next launch is another one. Returns itself."""
+        blocks = range(self.front.blocks) if order is None else order
         begun = {int(block): self.begin(int(block)) for block in blocks}
+        self.told = [place for machine, *_ in begun.values() for place in machine.told]
         self.x = {block: x for block, (*_, x) in begun.items()}
         self.found = {block: self.end(*begun[block][:2]) for block in begun}
-        flags[WORDS[0]] ^= 1
+        self.flags[WORDS[0]] ^= 1
+        return self
 
     def begin(self, block):
         front = self.front
@@ -53,7 +58,7 @@ class Launch:
         refs |= dict(h=h, bias=bias, flags=self.flags)
         if live is not None:
             refs["alive"] = live.astype(np.int32)
-        words = front.gather(machine, refs)
+        words = front.scaled_rows(machine, refs)
         words = front.score(machine, refs, machine.const(block), words)
         return machine, refs, np.stack([np.asarray(word) for word in words], axis=1)
 
@@ -117,8 +122,8 @@ CASES = [
 def test_matches_the_reference(sizes, rng):
     front = make(**sizes)
     case = random_case(rng, front.t, front.columns, front.experts, front.wide)
-    check(Launch(front, case, new_flags(front), rng.permutation(front.blocks)))
-    check(Launch(front, (*case[:4], None), new_flags(front)))
+    check(Launch(front, case, new_flags(front)).run(rng.permutation(front.blocks)))
+    check(Launch(front, (*case[:4], None), new_flags(front)).run())
 
 
 def test_launches_one_after_another(rng):
@@ -126,33 +131,18 @@ def test_launches_one_after_another(rng):
     flags = new_flags(make())
     for t in (5, 8, 1, 1, 8):
         front = make(t=t)
-        check(Launch(front, random_case(rng, t, front.columns, front.experts, False), flags))
-
-
-class TellsOfOthers(Front):
-    """Counts who writes each score."""
-
-    def _tell(self, m, refs, block):
-        counted = np.zeros(refs["flags"].shape, int)
-
-        def store(ref, index, word, where):
-            np.add.at(counted, np.asarray(index)[np.asarray(where)], 1)
-            type(m).store_new(m, ref, index, word, where)
-
-        m.store_new = store
-        super()._tell(m, refs, block)
-        TellsOfOthers.counted = TellsOfOthers.counted + counted
+        case = random_case(rng, t, front.columns, front.experts, False)
+        check(Launch(front, case, flags).run())
 
 
 @pytest.mark.parametrize("blocks", [13, 37, 96, 110])
 def test_each_score_is_written_once(blocks, rng):
     """Where blocks' shares of the experts are not equal, too."""
-    front = make(blocks=blocks, kind=TellsOfOthers)
+    front = make(blocks=blocks)
     case = random_case(rng, front.t, front.columns, front.experts, False)
-    TellsOfOthers.counted = 0
-    check(Launch(front, case, new_flags(front)))
-    assert (TellsOfOthers.counted[WORDS[1] : WORDS[1] + 8 * front.experts] == 1).all()
-    assert TellsOfOthers.counted.sum() == 8 * front.experts
+    launch = Launch(front, case, new_flags(front)).run()
+    check(launch)
+    assert sorted(launch.told) == list(range(WORDS[1], WORDS[1] + 8 * front.experts))
 
 
 class KeepsItsMark(Front):
@@ -163,32 +153,29 @@ class KeepsItsMark(Front):
         return super().score(m, refs, block, words)
 
 
-def test_scores_of_another_launch_are_not_taken(rng):
-    front = make(kind=KeepsItsMark)
-    case = random_case(rng, front.t, front.columns, front.experts, False)
-    flags = new_flags(front)
-    early = Launch.__new__(Launch)
-    early.front, early.case, early.flags, early.missing = make(), case, flags, None
-    machine, refs, _ = early.begin(0)
+def test_scores_that_are_not_there_are_waited_for(rng):
+    case = random_case(rng, 5, make().columns, make().experts, False)
+    launch = Launch(make(), case, new_flags(make()))
+    machine, refs, _ = launch.begin(0)
     with pytest.raises(AssertionError, match="waits for ever"):
-        early.end(machine, refs)
-    # Without a mark nobody waits, and what is there is taken.
-    early.front = front
-    machine, refs, _ = early.begin(0)
-    early.end(machine, refs)
+        launch.end(machine, refs)
+    # Without marks nobody waits, and what is there is taken.
+    front = make(kind=KeepsItsMark)
+    launch = Launch(front, case, new_flags(front))
+    launch.end(*launch.begin(0)[:2])
 
 
 def test_a_row_minds_its_own_business(rng):
     """Its bits are the same in every slot of blocks of any size, with anything beside it."""
     front = make(t=1)
     case = random_case(rng, 1, front.columns, front.experts, False)
-    own = Launch(front, (*case[:4], None), new_flags(front))
+    own = Launch(front, (*case[:4], None), new_flags(front)).run()
     for t, slot, blocks in ((8, 3, 37), (5, 4, 13), (2, 0, 96)):
         others = random_case(rng, t, front.columns, front.experts, False)
         others[0][slot] = case[0][0]
         others = others[0], *case[1:4], None
         front = make(t=t, blocks=blocks)
-        found = Launch(front, others, new_flags(front))
+        found = Launch(front, others, new_flags(front)).run()
         np.testing.assert_array_equal(found.rows(1)[slot], own.rows(1)[0])
         np.testing.assert_array_equal(found.scores[slot], own.scores[0])
         for one, other in zip(found.found[1], own.found[1], strict=True):
@@ -222,7 +209,7 @@ def test_a_planted_bug_is_seen(bug, rng):
     front = make(kind=bug)
     case = random_case(rng, front.t, front.columns, front.experts, False)
     with pytest.raises(AssertionError):
-        check(Launch(front, case, new_flags(front)))
+        check(Launch(front, case, new_flags(front)).run())
 
 
 @pytest.mark.parametrize("missing", range(3))
@@ -230,4 +217,4 @@ def test_a_missing_barrier_is_seen(missing, rng):
     front = make()
     case = random_case(rng, front.t, front.columns, front.experts, False)
     with pytest.raises(AssertionError, match="no barrier between"):
-        Launch(front, case, new_flags(front), missing=missing)
+        Launch(front, case, new_flags(front), missing).run()

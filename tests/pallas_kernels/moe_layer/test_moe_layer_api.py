@@ -16,13 +16,14 @@ from pallas_kernels.expert_ffn.layout import (
     BARRIER_WORDS,
     CLAIM,
     DONE,
+    MARK,
     MEET,
     KernelWeights,
     plan_for,
 )
 from pallas_kernels.expert_ffn.shapes import SHAPES
 from pallas_kernels.moe_layer import moe_layer
-from pallas_kernels.moe_layer.cut import MARK, misfit
+from pallas_kernels.moe_layer.cut import misfit
 
 NEW_JAX = jax.__version_info__ >= (0, 11, 2)
 T, D, F, EXPERTS, CHOICES = 5, 256, 128, 32, 3
