@@ -57,6 +57,14 @@ def test_auto_takes_what_the_caller_has_instead(given):
             assert (call(given, elsewhere=lambda h, live: jnp.ones_like(h)) == 1).all()
 
 
+def test_only_parts_of_a_layer_can_be_one_launch():
+    with (
+        pytest.raises(ValueError, match=r"\['expert'\] cannot be one launch each: only"),
+        whole_layers("attention", "expert"),
+    ):
+        pass
+
+
 @pytest.mark.skipif(not NEW_JAX, reason="the kernels need jax >= 0.11.2")
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_kernel_is_taken_where_it_is_wanted(wanted, given):
