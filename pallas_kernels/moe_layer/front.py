@@ -107,20 +107,17 @@ class Front:
         """A lane's words of the rows over their root mean square; zeros where there is no token."""
         g, c, mine, column, own = self._place(m)
         before = m.load_new(refs["flags"], m.const(self.words[0]), m.thread.equals(0))
-        there, words = m.const(self.t) > g, []
+        start, there, words = g * self.columns + column, m.const(self.t) > g, []
         for piece in range(self.pieces):
-            at = g * self.columns + column
-            words += m.load(refs["h"], at, 2, 4, there, offset=PIECE * piece)
+            words += m.load(refs["h"], start, 2, 4, there, offset=PIECE * piece)
         total = self._squares(m, words, g)
         diagonal = c.equals(g // 2)
         m.store_shared(refs["squares"], mine * TOKENS + g, [total], own & diagonal)
         mark = m.as_float(m.where(m.bits(before).equals(0), m.const(_SIGN), m.const(0)))
         m.store_shared(refs["mark"], m.const(0), [mark], m.thread.equals(0))
         m.barrier()
-        mean = arithmetic.added(m, refs["squares"], g, TOKENS, self.slices) / m.const(
-            float(self.columns)
-        )
-        scale = m.rsqrt(mean + m.const(self.epsilon))
+        total = arithmetic.added(m, refs["squares"], g, TOKENS, self.slices)
+        scale = m.rsqrt(total / m.const(float(self.columns)) + m.const(self.epsilon))
         return [arithmetic.scaled(m, scale, word) for word in words]
 
     def _squares(self, m, words, g):
