@@ -74,6 +74,7 @@ def times(names, shapes) -> list[Job]:
     add("pro-tp8", ("one",), t=1, hooks="stream")
     add("pro-tp8", ("two",), t=8, active=59, hooks="folded")
     add("pro", (*SOUND, "two-3"), t=8, active=59)
+    add("pro", ("one",), t=8, active=59, hooks="stream")
     add("pro", SOUND, t=1)
     add("flash-tp8", SOUND, t=8)
     add("flash-tp8", SOUND, t=1)
@@ -96,8 +97,10 @@ def jobs_for(check: bool, time: bool, prefill: bool, names, shapes) -> list[Job]
             jobs += [{"job": "list", "shape": "pro-tp8", "t": t} for t in (1, 8, 16)]
             jobs += [{"job": "xla", "shape": "pro-tp8", "t": 8}]
         if time and "one" in some:
-            line = {"job": "line", "shape": "pro-tp8", "launch": "one"}
-            jobs += [{**line, "t": 8, "active": 59}, {**line, "t": 1}]
+            line = {"job": "line", "launch": "one"}
+            jobs += [{**line, "shape": "pro-tp8", "t": 8, "active": 59}]
+            jobs += [{**line, "shape": "pro-tp8", "t": 1}]
+            jobs += [{**line, "shape": "pro", "t": 8, "active": 59}] if "pro" in shapes else []
     if prefill:
         jobs += [{"job": "ragged", "shape": "pro-tp8", "t": t} for t in (64, 256, 1024, 2048)]
     return jobs

@@ -84,19 +84,17 @@ class Flow:
         return self.runs or run_units(self.down)
 
     @property
-    def lag(self) -> int:
-        """Claims of down whose weights are under way before the first one's hidden rows are.
+    def may_lag(self) -> bool:
+        """Whether a claim's weights may be under way before its hidden rows are done.
 
-        The stages of so many claims must fit into the ring, or the producer would wait for
-        consumers that wait for the rows. If not even one does, its rows follow its first unit: not
-        before it, for consumers wait for the next stage before they multiply the last one, which
-        may be of gate/up.
+        All of them must fit into the ring, or the producer would wait for consumers that wait for
+        the rows.
         """
-        return self.stages // (self.run_units * self.down.parts) // 2
+        return self.run_units * self.down.parts <= self.stages
 
     @property
     def buffers(self) -> int:
-        """Places for hidden rows: as many claims as the ring holds, less those that lag."""
+        """Places for hidden rows."""
         return x_buffers(self.down, self.stages, self.run_units)
 
     @property
@@ -152,19 +150,24 @@ class Flow:
             index = self.copy_unit(refs, 0, slot, unit, index)
             return nth + 1, index, *publish(nth + 1, ticket)
 
-        def copy_rows(m, known):
-            return self.copy_rows(refs, m, self.claimed(refs, nth0 + m), first, known)
+        def rows_done(slot, known, wait):
+            return grid.slots_done(flags, slot, known, self.up.units, refs["count"][0], wait)
 
         def down_claim(carry):
             m, index, claim, ticket, known = carry
-            if self.lag:
-                early = m < self.lag
-                known = lax.cond(early, lambda: known, lambda: copy_rows(m - self.lag, known))
             slot, unit = self.down_place(claim, first)
-            for nth in range(self.run_units):
+            # The rows come with the first unit: later, consumers would wait for them. Not before
+            # it, for consumers wait for the next stage before they multiply the last one, which
+            # may be of gate/up.
+            index = self.copy_unit(refs, 1, slot, unit, index)
+            known = rows_done(slot, known, wait=not self.may_lag)
+            early = known > slot
+            pl.when(early)(lambda: self.copy_rows(refs, m, slot))
+            for nth in range(1, self.run_units):
                 index = self.copy_unit(refs, 1, slot, unit + nth, index)
-                if nth == 0 and not self.lag:
-                    known = copy_rows(m, known)
+            if self.may_lag:
+                known = rows_done(slot, known, wait=True)
+                pl.when(~early)(lambda: self.copy_rows(refs, m, slot))
             return m + 1, index, *publish(nth0 + m + 1, ticket), known
 
         zero = jnp.int32(0)
@@ -172,8 +175,7 @@ class Flow:
         nth0, index, claim, ticket = lax.while_loop(lambda c: c[2] < first, up_claim, carry)
         self.stamp(refs, 2)
         carry = zero, index, claim, ticket, zero
-        m, index, _, ticket, known = lax.while_loop(lambda c: c[2] < end, down_claim, carry)
-        lax.fori_loop(jnp.maximum(m - self.lag, 0), m, lambda k, known: copy_rows(k, known), known)
+        m, index, _, ticket, _ = lax.while_loop(lambda c: c[2] < end, down_claim, carry)
         self.stamp(refs, 3)
         # The last ticket has come before anybody can clear the count it was drawn from.
         grid.publish(ticket, refs["claims"], lax.rem(nth0 + m + 1, _CLAIMS))
@@ -201,15 +203,12 @@ class Flow:
             plgpu.copy_gmem_to_smem(source, target, refs["full"].at[stage])
         return index + plan.parts
 
-    def copy_rows(self, refs, m, claim, first, known):
-        """Copies the hidden rows of this block's mth claim of down, once they are whole."""
-        slot, _ = self.down_place(claim, first)
-        known = self.grid.slots_done(refs["flags"], slot, known, self.up.units, refs["count"][0])
+    def copy_rows(self, refs, m, slot):
+        """Copies a slot's hidden rows, for this block's mth claim of down."""
         buffer, turn = lax.rem(m, self.buffers), lax.div(m, self.buffers)
         self.wait_for_turn(refs["x_empty"], buffer, turn)
         target = refs["rows"].at[buffer]
         plgpu.copy_gmem_to_smem(refs["seen"].at[slot], target, refs["x_full"].at[buffer])
-        return known
 
     def wait_for_turn(self, place, number, turn):
         """Waits until what the turn before brought there has been read."""

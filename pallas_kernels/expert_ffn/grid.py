@@ -21,7 +21,7 @@ from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
 
 _SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
 _AHEAD = 16
-"""Slots beyond the one that is waited for, that a look at the counts also asks about."""
+"""Slots beyond the one in question, that a look at the counts also asks about; and about all."""
 _SLT = arith.CmpIPredicate.slt
 _EQ = arith.CmpIPredicate.eq
 
@@ -132,25 +132,25 @@ class Grid:
 
         return run(ticket, claims_ref, place)
 
-    def slots_done(self, flags_ref, slot, known, need, count):
-        """Waits until a slot's `need` units and all slots' before it are done.
+    def slots_done(self, flags_ref, slot, known, need, count, wait):
+        """Whether a slot's `need` units and all slots' before it are done.
 
         Args:
           flags_ref: counts of what is done.
-          slot: that is waited for.
+          slot: in question.
           known: slots that are known to be done, from the last call.
           need: units of a slot.
           count: slots in use.
+          wait: whether to look until they are; else one look must do.
 
         Returns:
           how many slots are known to be done, often more than were asked for.
         """
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT),
-            return_type=_SCALAR,
+            arg_types=(plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 4), return_type=_SCALAR
         )
-        def run(_, flags, slot, beyond):
+        def run(_, flags, known, *places):
             # A thread for each slot: whether it is done. Then: are all up to this one, and beyond?
             at = ptx.address(flags, ptx.add(ptx.thread(), DONE), 4)
             barrier = utils.warpgroup_barrier_idx(sync=False)
@@ -158,24 +158,23 @@ class Grid:
             with ir.InsertionPoint(loop.before.blocks.append(ptx.i32())):
                 count = ptx.asm(ptx.i32(), [at], _ACQUIRE, "=r,l", effects=True)
                 done = arith.cmpi(_EQ, count, ptx.int32(need))
-
-                def all_to(last):
+                found = ptx.scalar(known)
+                for last in map(ptx.scalar, places):
                     enough = arith.ori(done, arith.cmpi(_SLT, last, ptx.thread()))
                     operands = [ptx.flag(enough), barrier]
-                    return ptx.asm(ptx.i32(), operands, _ALL, "=r,r,r", effects=True)
-
-                here, more = all_to(ptx.scalar(slot)), all_to(ptx.scalar(beyond))
-                less = arith.cmpi(_EQ, more, ptx.int32(0))
-                last = arith.select(less, ptx.scalar(slot), ptx.scalar(beyond))
-                scf.condition(arith.cmpi(_EQ, here, ptx.int32(0)), [last])
+                    every = ptx.asm(ptx.i32(), operands, _ALL, "=r,r,r", effects=True)
+                    some = arith.cmpi(_EQ, every, ptx.int32(0))
+                    found = arith.select(some, found, ptx.add(last, 1))
+                again = arith.cmpi(_SLT, found, ptx.add(ptx.scalar(places[0]), 1))
+                scf.condition(again if wait else _false(), [found])
             with ir.InsertionPoint(loop.after.blocks.append(ptx.i32())) as point:
                 scf.yield_([point.block.arguments[0]])
             # The copy engine reads what ordinary stores wrote.
             ptx.asm(None, [], _BOTH_PROXIES, "", effects=True)
-            return _splat(ptx.add(loop.results[0], 1))
+            return _splat(loop.results[0])
 
-        beyond = jnp.minimum(slot + _AHEAD, count - 1)
-        return lax.cond(known > slot, lambda: known, lambda: run(flags_ref, slot, beyond))
+        places = slot, jnp.minimum(slot + _AHEAD, count - 1), count - 1
+        return lax.cond(known > slot, lambda: known, lambda: run(flags_ref, known, *places))
 
     def tell_done(self, flags_ref, slot):
         """Counts one more unit of a slot as done: what this warpgroup wrote can be read."""

@@ -145,9 +145,9 @@ class Grid:
         claims_ref[place] = ticket
         return ticket
 
-    def slots_done(self, flags_ref, slot, known, need, count):
-        """Nothing to wait for: the kernel is run twice instead."""
-        return known
+    def slots_done(self, flags_ref, slot, known, need, count, wait):
+        """Nothing to wait for: the kernel is run twice instead. One look finds every other slot."""
+        return jnp.where(wait | (lax.rem(slot, 2) == 0), jnp.maximum(known, slot + 1), known)
 
     def tell_done(self, flags_ref, slot):
         """Nobody waits."""

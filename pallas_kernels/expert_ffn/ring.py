@@ -33,9 +33,8 @@ def rows_shape(down: Plan) -> tuple[int, int]:
 
 
 def x_buffers(down: Plan, stages: int, runs: int) -> int:
-    """Places for hidden rows."""
-    claims = stages // (runs * down.parts)
-    return max(2, claims - claims // 2 + 1)
+    """Places for hidden rows: a claim's are asked for as soon as the ring has a place for it."""
+    return max(2, stages // (runs * down.parts) + 1)
 
 
 def flow_stages(up: Plan, down: Plan, listed: int, runs: int | None = None) -> int:
