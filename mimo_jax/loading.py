@@ -152,8 +152,7 @@ class _Held:
         params = jax.block_until_ready(read())
         if rewritten is not plan:
             params = quantize_output_params(plan, rewritten, params)
-        whole = ("attention",) if self.kernel == "whole" else ()
-        run = dict(kernels=bool(self.kernel), whole_layers=whole)
+        run = dict(kernels=bool(self.kernel), whole_layers=self.kernel == "whole")
         plan = dataclasses.replace(rewritten, **run)
         on_cpu = plan.mesh.devices.flat[0].platform == "cpu"
         if self.experts == "packed" and self.kernel and not on_cpu:

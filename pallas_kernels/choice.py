@@ -10,14 +10,12 @@ from typing import Any
 import jax
 
 IMPLEMENTATIONS = ("auto", "reference", "mosaic_gpu")
-PARTS_OF_A_LAYER = ("attention", "experts")
-"""What can be one launch: a window's attention with its projections, experts with their router."""
 LEAST_JAX = (0, 11, 2)
 """The first jax whose Mosaic GPU the kernels are written for; it needs Python 3.12."""
 HOPPER = "9."
 
 _OFF = contextvars.ContextVar("kernels are off", default=False)
-_WHOLE = contextvars.ContextVar("parts of a layer that are one launch", default=frozenset())
+_WHOLE = contextvars.ContextVar("whole layers in one launch", default=False)
 _log = logging.getLogger("pallas_kernels")
 
 
@@ -32,24 +30,18 @@ def without_kernels():
 
 
 @contextlib.contextmanager
-def whole_layers(*parts: str):
-    """What is traced meanwhile has some `PARTS_OF_A_LAYER` in one launch each, where they fit.
-
-    Raises:
-      ValueError: on another name.
-    """
-    if unknown := sorted(set(parts) - set(PARTS_OF_A_LAYER)):
-        raise ValueError(f"{unknown} cannot be one launch each: only {PARTS_OF_A_LAYER} can.")
-    before = _WHOLE.set(frozenset(parts))
+def whole_layers():
+    """What is traced meanwhile has each window layer's attention in one launch, where it fits."""
+    before = _WHOLE.set(True)
     try:
         yield
     finally:
         _WHOLE.reset(before)
 
 
-def whole_wanted(part: str) -> bool:
-    """Whether tracing is inside `whole_layers` with this part."""
-    return part in _WHOLE.get()
+def whole_layers_wanted() -> bool:
+    """Whether tracing is inside `whole_layers`."""
+    return _WHOLE.get()
 
 
 def kernel_absence() -> NotImplementedError | None:

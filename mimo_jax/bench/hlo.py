@@ -32,7 +32,6 @@ _GROUPS = {
     "drafter": "drafter",
     "experts": "experts",
     "head": "head",
-    "moe_layer": "router and experts in one launch",
     "router": "router",
 }
 OTHERS = "norms, sums, others"

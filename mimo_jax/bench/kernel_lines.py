@@ -10,13 +10,9 @@ EVENTS = {
     "consumer": ("first stage there", "gate/up done", "down done"),
 }
 """What a time line's stamps mean, by role, in the kernel's numbering."""
-ROUTED_EVENTS = EVENTS | {
-    "consumer": (*EVENTS["consumer"], "rows over their size", "scores written", "experts chosen")
-}
-"""The same where the experts are chosen in the launch."""
 
 
-def read_stamps(stamps: np.ndarray, events: dict[str, tuple] = EVENTS) -> dict[str, Any]:
+def read_stamps(stamps: np.ndarray) -> dict[str, Any]:
     """Nanoseconds since the first block began, by role and event, and all of them by block.
 
     The device's time says when a block began, and its SM's clocks how long after that an event
@@ -24,16 +20,15 @@ def read_stamps(stamps: np.ndarray, events: dict[str, tuple] = EVENTS) -> dict[s
 
     Args:
       stamps: [blocks, warpgroups, events, (nanoseconds of the device, clocks of the SM)].
-      events: what they mean.
     """
     groups = stamps.shape[1]
     places = {"consumer": 0, "finisher": groups - 2, "producer": groups - 1}
     began = stamps[:, places["finisher"], 0]
-    ended = stamps[:, places["finisher"], events["finisher"].index("down done")]
+    ended = stamps[:, places["finisher"], EVENTS["finisher"].index("down done")]
     nanoseconds, clocks = ((ended - began) % 2**32).sum(axis=0)
     found: dict[str, Any] = {"GHz": float(clocks / nanoseconds), "events": {}, "blocks": {}}
     for role, place in places.items():
-        for number, event in enumerate(events[role]):
+        for number, event in enumerate(EVENTS[role]):
             # Events of other warpgroups may come before the finisher begins.
             later = (stamps[:, place, number, 1] - began[:, 1] + 2**31) % 2**32 - 2**31
             since = began[:, 0] - began[:, 0].min() + later * nanoseconds / clocks

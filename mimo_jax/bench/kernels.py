@@ -27,7 +27,6 @@ _START_S = 60.0
 OTHERS: dict[str, str] = {
     "attention": "mimo_jax.bench.attention_jobs",
     "linear": "mimo_jax.bench.linear_jobs",
-    "moe": "mimo_jax.bench.moe_jobs",
     "router": "mimo_jax.bench.router_jobs",
     "prefill": "mimo_jax.bench.prefill_jobs",
     "sums": "mimo_jax.bench.sums_jobs",

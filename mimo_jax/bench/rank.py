@@ -36,7 +36,6 @@ from mimo_jax.errors import MimoError
 from mimo_jax.planning.models import find_model
 from mimo_jax.planning.sizes import abstract_mesh
 from mimo_jax.sharding import make_mesh
-from pallas_kernels.choice import PARTS_OF_A_LAYER
 
 PARTS = ("greedy", "routing", "profile", "zipf", "sampled", "plain", "contexts")
 """What is measured; at the first context but for the last."""
@@ -74,11 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="attention's output projections: in bfloat16 (default), or FP8",
     )
     parser.add_argument(
-        "--whole-layers",
-        nargs="+",
-        default=(),
-        choices=PARTS_OF_A_LAYER,
-        help="parts of a layer that are one launch each (default: none)",
+        "--whole-layers", action="store_true", help="a window layer's attention in one launch"
     )
     parser.add_argument(
         "--no-kernel", action="store_true", help="experts as in checkpoints, without their kernel"
@@ -153,7 +148,7 @@ class Bench:
         def one(plan: Plan) -> Plan:
             try:
                 plan = rank_plan(plan if options.no_kernel else kernel_plan(plan), devices)
-                return dataclasses.replace(plan, whole_layers=tuple(options.whole_layers))
+                return dataclasses.replace(plan, whole_layers=options.whole_layers)
             except ValueError as error:
                 raise MimoError(f"The expert kernel cannot take such a rank: {error}") from None
 
@@ -162,7 +157,7 @@ class Bench:
             "layers": self.config.num_hidden_layers,
             "linear": "fp8" if fp8 else "bf16",
             "o_proj": options.o_proj,
-            "whole_layers": list(options.whole_layers),
+            "whole_layers": options.whole_layers,
             "experts": "checkpoint order" if options.no_kernel else "kernel order",
         }
 

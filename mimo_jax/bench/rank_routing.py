@@ -83,8 +83,7 @@ def _recorded(route: Callable, found: list) -> Callable:
 def make_probe(plan: Plan, settings: Settings):
     """A jitted `probe(params, state, request)`: what the next round will draft and choose.
 
-    It runs the drafter and the target as the round does, but for `whole_layers`: where router and
-    experts are one launch, ids are not to be seen. It leaves the state alone.
+    It runs the drafter and the target as the round does, and leaves the state alone.
 
     Returns:
       ids: int32 [sparse layers, b t, c], chosen by each row.

@@ -71,7 +71,7 @@ class Plan:
     Build it with `make_plan`. `params` is the pair (target, drafter) of abstract states; a missing
     drafter is None. `ranks` is 1, or the number of devices of which the mesh's only one is one (see
     `mimo_jax.decode.rank`). Without `kernels`, programs are XLA's alone, on GPUs too;
-    with `whole_layers`, the parts of a layer that it names are one launch each.
+    with `whole_layers`, attention of a window's layer is one launch.
     """
 
     config: ModelConfig
@@ -82,13 +82,13 @@ class Plan:
     params: tuple[nnx.State, nnx.State | None]
     ranks: int = 1
     kernels: bool = True
-    whole_layers: tuple[str, ...] = ()
+    whole_layers: bool = False
 
     def tracing(self) -> contextlib.AbstractContextManager:
         """Is entered where the model is traced."""
         if not self.kernels:
             return without_kernels()
-        return whole_layers(*self.whole_layers)
+        return whole_layers() if self.whole_layers else contextlib.nullcontext()
 
     @property
     def shards(self) -> int:

@@ -12,7 +12,6 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.model.layers import INIT_SCALE, RMSNorm, value
 from mimo_jax.sharding import Parallel, constant, normal, param
 from pallas_kernels.expert_ffn import ExpertWeights, KernelWeights, expert_ffn, pack_experts
-from pallas_kernels.moe_layer import moe_layer
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.router import MOST_TOKENS, route
 
@@ -142,8 +141,7 @@ class MoE(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """h, and added to it what the experts make of its norm, as `__call__` says.
 
-        In programs for a GPU all up to the experts is a kernel, where a block fits it; inside
-        `choice.whole_layers("experts")` the experts are in it too.
+        In programs for a GPU all up to the experts is a kernel, where a block fits it.
 
         Args:
           h: the residual stream.
@@ -152,44 +150,10 @@ class MoE(nnx.Module):
           parallel: this device's place on the mesh.
           ahead: weights that are read next.
         """
-        rows, live = h.reshape(-1, h.shape[-1]), live.reshape(-1)
-        # One launch has all of the router's experts, or none.
-        whole = self._takes_kernels(rows) and not parallel.experts
-
-        def mix(residual):
-            separate = partial(self._separate, norm, parallel, ahead, residual)
-            if not whole:
-                return separate(rows, live)
-            with jax.named_scope("moe_layer"):
-                return moe_layer(
-                    *self._router_arguments(rows, norm),
-                    self.experts.weights,
-                    **self._router_options(norm),
-                    live=live,
-                    stream=residual is not None,
-                    ahead=value(ahead),
-                    elsewhere=separate,
-                )
-
+        rows = h.reshape(-1, h.shape[-1])
+        x, ids, routing = self.route(rows, norm, live.reshape(-1))
+        mix = partial(self._mix, x, ids, routing, parallel, ahead=ahead)
         return parallel.add(rows, mix).reshape(h.shape)
-
-    def _separate(self, norm, parallel, ahead, residual, rows, live):
-        """This device's part of the sum, and a residual, by a router's launch and experts'."""
-        x, ids, routing = self.route(rows, norm, live)
-        return self._mix(x, ids, routing, parallel, residual, ahead)
-
-    def _takes_kernels(self, rows) -> bool:
-        """Whether kernels may be asked about rows of the stream."""
-        packed, (t, _) = self.experts.plans is not None, rows.shape
-        return packed and rows.dtype == jnp.bfloat16 and t <= MOST_TOKENS
-
-    def _router_arguments(self, rows, norm: RMSNorm) -> tuple:
-        return rows, norm.weight[...], self.router.weight[...], self.router.bias[...]
-
-    def _router_options(self, norm: RMSNorm) -> dict:
-        router = self.router
-        found = dict(choices=router.choices, normalise=router.normalise, scale=router.scale)
-        return found | dict(epsilon=norm.epsilon)
 
     def route(self, h, norm, live):
         """Normed rows, ids (-1 for dead rows) and weights."""
@@ -200,12 +164,16 @@ class MoE(nnx.Module):
             ids, routing = router(x)
             return x, jnp.where(live[:, None], ids, -1), routing
 
-        if not self._takes_kernels(h):
+        packed = experts.plans is not None
+        if not packed or h.dtype != jnp.bfloat16 or h.shape[0] > MOST_TOKENS:
             return elsewhere(h, live)
         with jax.named_scope("router"):
             return route(
-                *self._router_arguments(h, norm),
-                **self._router_options(norm),
+                *(h, norm.weight[...], router.weight[...], router.bias[...]),
+                choices=router.choices,
+                epsilon=norm.epsilon,
+                normalise=router.normalise,
+                scale=router.scale,
                 live=live,
                 counter=experts.barrier[...],
                 word=ROUTER_WORD,

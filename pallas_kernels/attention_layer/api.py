@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.attention.checks import check_block, refusal
 from pallas_kernels.attention_layer.reference import attention_layer_reference
-from pallas_kernels.choice import check_name, choose, whole_wanted
+from pallas_kernels.choice import check_name, choose, whole_layers_wanted
 
 MOST_TOKENS = 8
 """Rows of all sequences together that the kernel takes."""
@@ -84,7 +84,7 @@ def attention_layer(
     reference = elsewhere if instead else functools.partial(attention_layer_reference, **options)
     arguments = h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output
     arguments = *arguments, output_scale
-    if implementation == "auto" and not whole_wanted("attention"):
+    if implementation == "auto" and not whole_layers_wanted():
         return reference(*arguments)
     return choose(
         implementation,

@@ -8,7 +8,6 @@ import functools
 import math
 import typing
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -55,18 +54,6 @@ class Launch:
             raise ValueError(f"time_line needs fused=True: {self}.")
 
 
-def default_launch() -> Launch:
-    """A thread block for each SM that there is: other Hopper GPUs have fewer than an H200's 132."""
-    launch = Launch()
-    return dataclasses.replace(launch, ctas=min(launch.ctas, multiprocessors(launch.ctas)))
-
-
-def multiprocessors(otherwise: int) -> int:
-    """SMs of the GPU; without one, whose program may be compiled for another, what is given."""
-    device = jax.devices()[0]
-    return getattr(device, "core_count", otherwise) if device.platform == "gpu" else otherwise
-
-
 @typing.runtime_checkable
 class Hooks(typing.Protocol):
     """What a warp does with one matrix, apart from moving it: in PTX, or in jnp on a CPU."""
@@ -103,29 +90,6 @@ class Hooks(typing.Protocol):
 
     def finish(self, sums_ref, row_ref, share_ref, out_ref, slot, unit):
         """Adds a unit's slices and writes its rows of the result."""
-
-
-@typing.runtime_checkable
-class Front(typing.Protocol):
-    """What chooses the experts in the launch that runs them: in PTX, or in jnp on a CPU."""
-
-    def told(self, groups: int) -> tuple[tuple[str, int, int], ...]:
-        """Barriers: name, number, and warpgroups that arrive, of `groups` that multiply."""
-
-    def scratch_types(self) -> dict:
-        """Its shared memory."""
-
-    def copy(self, refs):
-        """Starts its copies, by the producer."""
-
-    def rows(self, hooks, refs, group, stamp):
-        """The rows of x as products take them, when the work is listed; by those that multiply."""
-
-    def chosen(self, hooks, refs):
-        """References to ids and routing weights, when they are there; by the finisher."""
-
-    def end(self, refs):
-        """Leaves its words fit for the next launch, by one block when all have met."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.expert_ffn.block import FINISHER_REGISTERS, Front, common_width, place
+from pallas_kernels.expert_ffn.block import FINISHER_REGISTERS, common_width, place
 from pallas_kernels.expert_ffn.layout import KernelWeights, Plan
 from pallas_kernels.expert_ffn.ring import (
     flow_misfit,
@@ -53,8 +53,6 @@ class Flow:
       time_line: also return when each warpgroup began and ended what.
       runs: units of down in one claim; by default enough that their weights outweigh the hidden
         rows.
-      front: hooks of what chooses the experts in the same launch, if anything does; else x is
-        normed, and ids and routing weights are given.
     """
 
     up: Plan
@@ -66,7 +64,6 @@ class Flow:
     stages: int
     time_line: bool
     runs: int | None = None
-    front: Front | None = None
 
     @property
     def consumers(self) -> int:
@@ -106,7 +103,6 @@ class Flow:
             ("x_empty", self.buffers, groups),
             ("put", 2, groups),
             ("taken", 2, 1),
-            *(self.front.told(groups) if self.front else ()),
         )
 
     # --- the queue --------------------------------------------------------------------------------
@@ -132,8 +128,6 @@ class Flow:
         """Claims, and copies weights stage after stage, hidden rows when they are there."""
         self.stamp(refs, 0)
         grid, flags = self.grid, refs["flags"]
-        if self.front:
-            self.front.copy(refs)
         ticket = grid.claim(flags, 0)
         plgpu.barrier_wait(refs["listed"])
         self.stamp(refs, 1)
@@ -227,7 +221,9 @@ class Flow:
     def consume(self, refs):
         """Multiplies what comes, and puts down the sums of each unit."""
         group = lax.axis_index("wg")
-        x = self.rows(refs, group)
+        # All blocks read all of x: not before the ids, on which the weights wait, are there.
+        plgpu.barrier_wait(refs["listed"])
+        x = self.hooks[0].operands(self.hooks[0].fetch(refs["x"], None, 0, group))
         first, end = self.bounds(refs)
 
         def load(which, index):
@@ -297,24 +293,13 @@ class Flow:
         self.hooks[0].arrive(refs["put"], buffer)
         self.see_all(refs["taken"], 2, carry[2], seen=carry[2] - 1)
 
-    def rows(self, refs, group):
-        """The rows of x as products take them, when the work is listed."""
-        if self.front:
-            stamp = functools.partial(self.stamp, refs)
-            return self.front.rows(self.hooks[0], refs, group, stamp)
-        # All blocks read all of x: not before the ids, on which the weights wait, are there.
-        plgpu.barrier_wait(refs["listed"])
-        return self.hooks[0].operands(self.hooks[0].fetch(refs["x"], None, 0, group))
-
     # --- finisher ---------------------------------------------------------------------------------
 
     def finish(self, refs):
         """Lists the work; adds up what the consumers put down; in the end, adds up the experts."""
         self.stamp(refs, 0)
         grid, flags, block = self.grid, refs["flags"], lax.axis_index("cta")
-        front = self.front
-        chosen = front.chosen(self.hooks[0], refs) if front else (refs["ids"], refs["routing"])
-        grid.make_list(*chosen, self.lists(refs))
+        grid.make_list(refs["ids"], refs["routing"], self.lists(refs))
         plgpu.barrier_arrive(refs["listed"])
         first, end = self.bounds(refs)
 
@@ -359,15 +344,9 @@ class Flow:
         grid.meet(flags, block)
         self.stamp(refs, 3)
         # All claims are made, all rows of hidden values were read: ready for the next launch.
-        pl.when(block == 0)(lambda: self.clear(refs))
+        pl.when(block == 0)(lambda: grid.clear(flags))
         grid.add(refs["results"], refs["live"], refs.get("residual"), refs["y"], block)
         self.stamp(refs, 4)
-
-    def clear(self, refs):
-        """Leaves the words that blocks share fit for the next launch."""
-        self.grid.clear(refs["flags"])
-        if self.front:
-            self.front.end(refs)
 
     def lists(self, refs):
         """What `make_list` writes."""
@@ -405,24 +384,20 @@ class Flow:
             share=plgpu.SMEM((self.slots, TOKENS), jnp.float32),
             live=integer((self.grid.t,)),
             bits=integer((self.grid.words,)),
-            **(self.front.scratch_types() if self.front else {}),
         )
 
-    def call(self, inputs, weights, interpret, seen=None) -> dict[str, Array]:
-        """Launches; returns outputs by name.
-
-        Inputs are x, ids and routing, or what `front` takes; `residual` and `ahead`, if any.
-        """
+    def call(self, x, weights, ids, routing, others, interpret, seen=None) -> dict[str, Array]:
+        """Launches; returns outputs by name. Others are `residual` and `ahead`, if any."""
         width = common_width(self.up, self.down)
         words = [w.reshape(*w.shape[:2], -1, width) for w in (weights.gate_up, weights.down)]
-        inputs = inputs | dict(flags=weights.barrier)
+        inputs = dict(x=x, ids=ids, routing=routing, flags=weights.barrier, **others)
         inputs |= {} if seen is None else dict(seen=seen)
-        t, c = self.grid.t, self.grid.c
+        t, c = ids.shape
         outputs = dict(
             hidden=jax.ShapeDtypeStruct((self.slots, *rows_shape(self.down)), jnp.bfloat16),
             results=jax.ShapeDtypeStruct((t * c, self.down.rows), jnp.float32),
             y=jax.ShapeDtypeStruct(
-                (t, self.down.rows), jnp.bfloat16 if "residual" in inputs else jnp.float32
+                (t, self.down.rows), jnp.bfloat16 if "residual" in others else jnp.float32
             ),
         )
         if self.time_line:
@@ -431,7 +406,6 @@ class Flow:
 
         def body(*arguments, **scratch):
             given = dict(zip(inputs, arguments, strict=False))
-            assert not given.keys() & scratch.keys(), "memory of one name"
             rest = arguments[len(inputs) :]
             outs = dict(zip(outputs, rest[len(words) :], strict=True))
             refs = {**given, **outs, **scratch, "weights": rest[: len(words)]}
@@ -447,7 +421,7 @@ class Flow:
             thread_name="wg",
             scratch_types=self.scratch_types(max((w.shape[-2:] for w in words), key=math.prod)),
             compiler_params=plgpu.CompilerParams(approx_math=True),
-            kernel_name="moe_layer" if self.front else "expert_ffn",
+            kernel_name="expert_ffn",
             interpret=interpret,
         )
         return dict(zip(outputs, kernel(*inputs.values(), *words), strict=True))
@@ -457,23 +431,23 @@ EVENTS = 6
 """Moments that a warpgroup can note for a time line."""
 
 
-def make_flow(weights: KernelWeights, t, c, make, grid, launch, front=None, beside=0) -> Flow:
-    """The flow of a layer's weights; `front` takes `beside` bytes of shared memory.
+def make_flow(weights: KernelWeights, t, c, make, grid, launch) -> Flow:
+    """The flow of a layer's weights.
 
     Raises:
       ValueError: if they do not fit one.
     """
     up, down = weights.gate_up_plan, weights.down_plan
     experts = weights.gate_up.shape[0]
-    if (misfit := flow_misfit(up, down, t, c, experts, beside)) is not None:
+    if (misfit := flow_misfit(up, down, t, c, experts)) is not None:
         raise ValueError(f"fused=True does not fit these weights and tokens: {misfit}.")
     slots = most_slots(t, c, experts)
-    stages = launch.stages or flow_stages(up, down, list_bytes(slots) + beside, launch.runs)
+    stages = launch.stages or flow_stages(up, down, list_bytes(slots), launch.runs)
     if stages < down.parts:
         raise ValueError(
             f"stages={stages} do not hold a unit of the down matrix, before whose end its hidden "
             f"rows are not asked for: give at least {down.parts}."
         )
     hooks = make(up, True), make(down, False)
-    more = launch.time_line, launch.runs, front
+    more = launch.time_line, launch.runs
     return Flow(up, down, hooks, grid, slots, launch.ctas, stages, *more)

@@ -17,12 +17,8 @@ GROUP = 64
 MEET, CLAIM, DONE = 0, 32, 64
 """Words where thread blocks meet, claim work, and count what is done of each slot."""
 MOST_SLOTS = 128
-MARK, ROUTED = 28, DONE + MOST_SLOTS
-"""`moe_layer`'s: which launch it is, and where scores go, a word for each token and expert."""
-MOST_ROUTED = 8 * 512
-BARRIER_WORDS = ROUTED + MOST_ROUTED
-"""Zeros when made, and after each launch, but for bit 31 of the word where blocks meet, and for
-what `moe_layer` keeps."""
+BARRIER_WORDS = DONE + MOST_SLOTS
+"""Zeros when made, and after each launch, but for bit 31 of the word where blocks meet."""
 
 # Where the element (column pair a, row half h) of a lane lies in each 16-bit half of its word:
 # (sign bit, lowest magnitude bit). The kernel moves sign to bit 15 and magnitude to bits 8:6 (a

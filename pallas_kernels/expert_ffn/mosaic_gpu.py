@@ -15,11 +15,9 @@ from pallas_kernels.expert_ffn.block import (
     Block,
     Launch,
     Pass,
-    default_launch,
     default_stages,
-    multiprocessors,
 )
-from pallas_kernels.expert_ffn.flow import Flow, make_flow
+from pallas_kernels.expert_ffn.flow import make_flow
 from pallas_kernels.expert_ffn.layout import KernelWeights
 from pallas_kernels.expert_ffn.ring import flow_misfit, rows_shape
 from pallas_kernels.expert_ffn.slots import (
@@ -61,7 +59,7 @@ def run_slots(x, weights: KernelWeights, slots: Slots, *, launch=None, interpret
 def _separate(x, weights, inputs, c, launch, interpret, hooks):
     """Two launches."""
     t, experts = x.shape[0], weights.gate_up.shape[0]
-    make, grid = make_hooks(hooks, launch, interpret, t, c, experts)
+    make, grid = _hooks(hooks, launch, interpret, t, c, experts)
     slots = most_slots(t, c, experts)
     listed = _list_bytes(slots, t) if launch.own_list else 0
     up, down = weights.gate_up_plan, weights.down_plan
@@ -95,21 +93,11 @@ def run_flow(
     That is the sum in float32, or bfloat16 with the residual added.
     """
     (t, c), experts = expert_ids.shape, weights.gate_up.shape[0]
-    make, grid = make_hooks(hooks, launch, interpret, t, c, experts, blocked=True)
+    make, grid = _hooks(hooks, launch, interpret, t, c, experts, blocked=True)
     flow = make_flow(weights, t, c, make, grid, launch)
-    inputs = dict(x=x, ids=expert_ids, routing=routing.astype(jnp.float32))
     others = {"residual": residual, "ahead": ahead}
-    inputs |= {name: array for name, array in others.items() if array is not None}
-    return run_whole(flow, inputs, weights, launch, interpret)
-
-
-def run_whole(flow: Flow, inputs: dict, weights: KernelWeights, launch: Launch, interpret):
-    """A launch of a flow; outputs by name.
-
-    Raises:
-      ValueError: if the GPU has fewer SMs than the launch has blocks.
-    """
-    call = functools.partial(flow.call, inputs, weights)
+    others = {name: array for name, array in others.items() if array is not None}
+    call = functools.partial(flow.call, x, weights, expert_ids, routing.astype(jnp.float32), others)
     if interpret is None:
         _check_resident(launch)
         return call(None)
@@ -119,9 +107,21 @@ def run_whole(flow: Flow, inputs: dict, weights: KernelWeights, launch: Launch, 
     return call(interpret, call(interpret, jnp.zeros(shape, jnp.bfloat16))["hidden"])
 
 
+def default_launch() -> Launch:
+    """A thread block for each SM that there is: other Hopper GPUs have fewer than an H200's 132."""
+    launch = Launch()
+    return dataclasses.replace(launch, ctas=min(launch.ctas, _multiprocessors(launch.ctas)))
+
+
+def _multiprocessors(otherwise: int) -> int:
+    """SMs of the GPU; without one, whose program may be compiled for another, what is given."""
+    device = jax.devices()[0]
+    return getattr(device, "core_count", otherwise) if device.platform == "gpu" else otherwise
+
+
 def _check_resident(launch):
     """Blocks that wait for each other must all be on the GPU; one takes an SM for itself."""
-    there = multiprocessors(launch.ctas)
+    there = _multiprocessors(launch.ctas)
     if there < launch.ctas:
         raise ValueError(
             f"{launch.ctas} thread blocks that wait for each other need as many SMs; "
@@ -135,7 +135,7 @@ def _list_bytes(slots, t):
     return 1024 * ((2 + (t > TOKENS)) * lanes + -(-4 * slots // 1024) + 3)
 
 
-def make_hooks(hooks, launch, interpret, t, c, experts, **options):
+def _hooks(hooks, launch, interpret, t, c, experts, **options):
     """The hooks of matrices, a function, and of the grid."""
     if interpret is None:
         from pallas_kernels.expert_ffn.grid import Grid

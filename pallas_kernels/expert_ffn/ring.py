@@ -48,8 +48,8 @@ def flow_stages(up: Plan, down: Plan, listed: int, runs: int | None = None) -> i
     return 0
 
 
-def flow_misfit(up: Plan, down: Plan, t: int, c: int, experts: int, beside: int = 0) -> str | None:
-    """Why both passes cannot be one flow, or None; `beside` bytes are taken by something else."""
+def flow_misfit(up: Plan, down: Plan, t: int, c: int, experts: int) -> str | None:
+    """Why both passes cannot be one flow, or None."""
     slots = most_slots(t, c, experts)
     if t > TOKENS or t * c > MOST_SLOTS:
         return f"{t} tokens of {c} choices are more than {TOKENS}, or {MOST_SLOTS} choices"
@@ -57,7 +57,7 @@ def flow_misfit(up: Plan, down: Plan, t: int, c: int, experts: int, beside: int 
         return f"the matrices have {up.warps} and {down.warps} warps"
     if common_width(up, down) is None:
         return f"stages of {up.stage_words} and {down.stage_words} words have no common width"
-    if flow_stages(up, down, list_bytes(slots) + beside) < 3:
+    if flow_stages(up, down, list_bytes(slots)) < 3:
         return "the ring would have less than 3 stages"
     return None
 

@@ -92,7 +92,7 @@ def route(
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
     check_name(implementation)
-    check(h, norm, weight, bias, choices, live)
+    _check(h, norm, weight, bias, choices, live)
     options = dict(choices=choices, epsilon=epsilon, normalise=normalise, scale=scale)
 
     def reference(h, norm, weight, bias, live, _):
@@ -144,7 +144,7 @@ def misfit(h, norm, weight, choices: int, counter, word: int = 0) -> ValueError 
     )
 
 
-def check(h, norm, weight, bias, choices, live):
+def _check(h, norm, weight, bias, choices, live):
     """Shapes that mean something, whatever implementation runs."""
     if h.ndim != 2 or norm.shape != h.shape[1:] or weight.shape[1:] != h.shape[1:]:
         raise ValueError(

@@ -45,14 +45,13 @@ class ClusterMachine(Machine):
         """1 / sqrt(x)."""
         return Reg(ptx.rsqrt(x.value))
 
-    def load_new(self, ref, index: Reg, where: Reg | None = None) -> Reg:
-        """A float of global memory that another block of this launch wrote, or zero."""
+    def load_new(self, ref, index: Reg) -> Reg:
+        """A float of global memory that another block of this launch wrote."""
         text = "ld.relaxed.gpu.global.b32 $0, [$1];"
-        operands, constraints = [ptx.address(ref, index.value, 4)], "=r,l"
-        if where is not None:
-            text = f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p {text} }}"
-            operands, constraints = [*operands, ptx.flag(where.value)], "=&r,l,r"
-        return self.as_float(Reg(ptx.asm(ptx.i32(), operands, text, constraints, effects=True)))
+        word = Reg(
+            ptx.asm(ptx.i32(), [ptx.address(ref, index.value, 4)], text, "=r,l", effects=True)
+        )
+        return self.as_float(word)
 
     def open_inboxes(self, told, sizes: Sequence[int]) -> None:
         """Makes a block's inboxes, each for so many floats, used once; all threads come here.

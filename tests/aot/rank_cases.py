@@ -44,9 +44,4 @@ def plain(mesh):
 
 def drafted_whole(mesh):
     """A block of eight, a window layer's attention in one launch."""
-    return rank(mesh, 8, 1024, whole_layers=("attention",))
-
-
-def drafted_two(mesh):
-    """The same with router and experts in one launch too."""
-    return rank(mesh, 8, 1024, whole_layers=("attention", "experts"))
+    return rank(mesh, 8, 1024, whole_layers=True)

@@ -51,12 +51,3 @@ def test_whole_layers_save_two_launches_of_a_window():
     assert not whole.outside and len(whole.graphs) == 1
     # All but the first layer, which has no experts, and one whose attention is full.
     assert separate.launches - whole.launches == 2 * (LAYERS - 2)
-
-
-def test_router_and_experts_in_one_launch_save_one_more_of_each_sparse_layer():
-    two, whole = report("rank_cases:drafted_two"), report("rank_cases:drafted_whole")
-    names = [kernel.name for kernel in two.kernels]
-    # The last layer has no weights to bring near.
-    assert names.count("moe_layer") == 2 and not {"router", "expert_ffn"} & set(names)
-    assert not two.outside and len(two.graphs) == 1
-    assert whole.launches - two.launches == LAYERS - 1

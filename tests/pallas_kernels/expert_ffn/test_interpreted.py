@@ -234,7 +234,7 @@ def test_blocks_that_wait_for_each_other_need_an_sm_each(monkeypatch):
     with pytest.raises(ValueError, match="132 thread blocks .* NVIDIA H20 has 78"):
         mosaic_gpu._check_resident(mosaic_gpu.Launch(fused=True))
     mosaic_gpu._check_resident(mosaic_gpu.Launch(fused=True, ctas=78))
-    assert block.default_launch().ctas == 78
+    assert mosaic_gpu.default_launch().ctas == 78
 
 
 def test_what_needs_one_launch_is_refused_for_two():

@@ -32,8 +32,8 @@ class NumpyCluster(NumpyThreads):
 
     # --- global memory
 
-    def load_new(self, ref, index, where=None):
-        return self.as_float(self.load(ref, index, 4, 1, where)[0])
+    def load_new(self, ref, index):
+        return self.as_float(self.load(ref, index, 4, 1)[0])
 
     def store(self, ref, index, width, words, where):
         super().store(ref, index, width, words, where)
@@ -138,7 +138,7 @@ class NumpyCluster(NumpyThreads):
             return super().exp2(x)
 
     def rsqrt(self, x):
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore"):
             return reg((1 / np.sqrt(np.asarray(x))).astype(np.float32))
 
     def bits(self, value):
