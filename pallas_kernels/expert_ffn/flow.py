@@ -115,12 +115,13 @@ class Flow:
 
     def claimed(self, refs, nth):
         """Number in the queue of this block's nth claim."""
-        return refs["claims"][lax.rem(nth, _CLAIMS)]
+        return refs["claims"][divided(nth, _CLAIMS)[1]]
 
     def down_place(self, claim, first):
         """Slot and first unit of a claim of down."""
         runs = self.down.units // self.run_units
-        return lax.div(claim - first, runs), lax.rem(claim - first, runs) * self.run_units
+        slot, run = divided(claim - first, runs)
+        return slot, run * self.run_units
 
     # --- producer ---------------------------------------------------------------------------------
 
@@ -135,12 +136,12 @@ class Flow:
 
         def publish(nth, ticket):
             """The claim that a ticket stands for, known to all; and the next ticket."""
-            claim = grid.publish(ticket, refs["claims"], lax.rem(nth, _CLAIMS))
+            claim = grid.publish(ticket, refs["claims"], divided(nth, _CLAIMS)[1])
             return claim, grid.claim(flags, nth + 1)
 
         def up_claim(carry):
             nth, index, claim, ticket = carry
-            slot, unit = lax.div(claim, self.up.units), lax.rem(claim, self.up.units)
+            slot, unit = divided(claim, self.up.units)
             index = self.copy_unit(refs, 0, slot, unit, index)
             return nth + 1, index, *publish(nth + 1, ticket)
 
@@ -172,9 +173,9 @@ class Flow:
         m, index, _, ticket, _ = lax.while_loop(lambda c: c[2] < end, down_claim, carry)
         self.stamp(refs, 3)
         # The last ticket has come before anybody can clear the count it was drawn from.
-        grid.publish(ticket, refs["claims"], lax.rem(nth0 + m + 1, _CLAIMS))
+        grid.publish(ticket, refs["claims"], divided(nth0 + m + 1, _CLAIMS)[1])
         # The stage after the last: no bytes, only the claim that does not exist.
-        stage, turn = lax.rem(index, self.stages), lax.div(index, self.stages)
+        turn, stage = divided(index, self.stages)
         self.wait_for_turn(refs["empty"], stage, turn)
         plgpu.barrier_arrive(refs["full"].at[stage])
         # Pallas' interpreter wants every arrival to be seen.
@@ -190,7 +191,7 @@ class Flow:
         expert = refs["expert"][slot]
         for part in range(plan.parts):
             nth = index + part
-            stage, turn = lax.rem(nth, self.stages), lax.div(nth, self.stages)
+            turn, stage = divided(nth, self.stages)
             self.wait_for_turn(refs["empty"], stage, turn)
             source = weights.at[expert, unit * plan.parts + part]
             target = place(refs["ring"], stage, source)
@@ -199,7 +200,7 @@ class Flow:
 
     def copy_rows(self, refs, m, slot):
         """Copies a slot's hidden rows, for this block's mth claim of down."""
-        buffer, turn = lax.rem(m, self.buffers), lax.div(m, self.buffers)
+        turn, buffer = divided(m, self.buffers)
         self.wait_for_turn(refs["x_empty"], buffer, turn)
         target = refs["rows"].at[buffer]
         plgpu.copy_gmem_to_smem(refs["seen"].at[slot], target, refs["x_full"].at[buffer])
@@ -212,7 +213,8 @@ class Flow:
         """Waits for the last of `count` arrivals in turn at `number` barriers, from `seen` on."""
 
         def step(nth, _):
-            self.hooks[0].wait(place, lax.rem(nth, number), lax.div(nth, number))
+            turn, which = divided(nth, number)
+            self.hooks[0].wait(place, which, turn)
 
         lax.fori_loop(jnp.maximum(seen, 0), count, step, None)
 
@@ -227,12 +229,12 @@ class Flow:
         first, end = self.bounds(refs)
 
         def load(which, index):
-            stage = lax.rem(index, self.stages)
+            _, stage = divided(index, self.stages)
             return self.hooks[which].load(place(refs["ring"], stage, refs["weights"][which]), group)
 
         def come(which, index, nth=None):
             """Waits for a stage, and starts to load it; the nth claim, if it is the first of it."""
-            plgpu.barrier_wait(refs["full"].at[lax.rem(index, self.stages)])
+            plgpu.barrier_wait(refs["full"].at[divided(index, self.stages)[1]])
             claim = None if nth is None else self.claimed(refs, nth)
             return load(which, index), claim
 
@@ -243,7 +245,7 @@ class Flow:
             """
             plan, hooks, sums, ahead = (self.up, self.down)[which], self.hooks[which], None, None
             for part in range(plan.parts):
-                hooks.give_back(loaded, refs["empty"], lax.rem(index, self.stages))
+                hooks.give_back(loaded, refs["empty"], divided(index, self.stages)[1])
                 index, last = index + 1, part == plan.parts - 1
                 if self.loads_ahead:
                     ahead, claim = come(which, index, nth if last else None)
@@ -251,7 +253,7 @@ class Flow:
                 if not self.loads_ahead and not last:
                     ahead, claim = come(which, index)
                 loaded, ahead = ahead, None
-            buffer, turn = lax.rem(unit, 2), lax.div(unit, 2)
+            turn, buffer = divided(unit, 2)
             self.wait_for_turn(refs["taken"], buffer, turn)
             hooks.put(sums, refs["sums"].at[buffer, group])
             hooks.arrive(refs["put"], buffer)
@@ -266,7 +268,7 @@ class Flow:
 
         def down_claim(carry):
             nth, index, unit, claim, loaded, m = carry
-            buffer = lax.rem(m, self.buffers)
+            _, buffer = divided(m, self.buffers)
             plgpu.barrier_wait(refs["x_full"].at[buffer])
             rows = self.hooks[1].held(refs["rows"].at[buffer], group)
             self.hooks[1].give_back(rows, refs["x_empty"], buffer)
@@ -288,7 +290,7 @@ class Flow:
         carry = lax.while_loop(lambda c: c[3] < end, down_claim, carry)
         self.stamp(refs, 2)
         # The finisher learns that there is no other unit.
-        buffer, turn = lax.rem(carry[2], 2), lax.div(carry[2], 2)
+        turn, buffer = divided(carry[2], 2)
         self.wait_for_turn(refs["taken"], buffer, turn)
         self.hooks[0].arrive(refs["put"], buffer)
         self.see_all(refs["taken"], 2, carry[2], seen=carry[2] - 1)
@@ -304,10 +306,11 @@ class Flow:
         first, end = self.bounds(refs)
 
         def wait_put(unit):
-            self.hooks[0].wait(refs["put"], lax.rem(unit, 2), lax.div(unit, 2))
+            turn, buffer = divided(unit, 2)
+            self.hooks[0].wait(refs["put"], buffer, turn)
 
         def finish_unit(which, out, slot, row_unit, unit):
-            hooks, buffer = self.hooks[which], lax.rem(unit, 2)
+            hooks, (_, buffer) = self.hooks[which], divided(unit, 2)
             hooks.finish(
                 refs["sums"].at[buffer], refs["choice"], refs["share"], out, slot, row_unit
             )
@@ -319,8 +322,8 @@ class Flow:
 
         def up_claim(carry):
             nth, claim = carry
-            slot = lax.div(claim, self.up.units)
-            finish_unit(0, refs["hidden"], slot, lax.rem(claim, self.up.units), nth)
+            slot, row_unit = divided(claim, self.up.units)
+            finish_unit(0, refs["hidden"], slot, row_unit, nth)
             grid.tell_done(flags, slot)
             return nth + 1, next_claim(nth + 1, nth + 1)
 
@@ -429,6 +432,13 @@ class Flow:
 
 EVENTS = 6
 """Moments that a warpgroup can note for a time line."""
+
+
+def divided(index, n: int):
+    """An int that is not negative by n, and the rest, which compilers do not know of it."""
+    if n & (n - 1):
+        return lax.div(index, n), lax.rem(index, n)
+    return lax.shift_right_logical(index, n.bit_length() - 1), index & (n - 1)
 
 
 def make_flow(weights: KernelWeights, t, c, make, grid, launch) -> Flow:

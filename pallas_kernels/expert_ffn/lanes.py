@@ -21,18 +21,17 @@ from pallas_kernels.expert_ffn.layout import Plan
 # written raised.
 _REST = 2.0**62
 _FOLDED_REST = 2.0**-2
+# The product of the last code's pieces with 2^14 + 2^8 + 2^3 has each of them in its place, and
+# copies elsewhere: no two in one place, so that nothing is carried.
 _DECODE = """
 and.b32 a0, {w}, 0x81C081C0;
-shl.b32 t, {w}, 3;
+shf.l.wrap.b32 t, {w}, {w}, 10;
 and.b32 a1, t, 0x81C081C0;
-shl.b32 t, {w}, 6;
-and.b32 a2, t, 0x01C001C0;
-shl.b32 u, {w}, 1;
-lop3.b32 a2, a2, u, 0x80008000, 0xF8;
-shr.u32 t, {w}, 3;
-and.b32 a3, t, 0x01C001C0;
-shl.b32 u, {w}, 2;
-lop3.b32 a3, a3, u, 0x80008000, 0xF8;
+shf.l.wrap.b32 t, {w}, {w}, 13;
+and.b32 a2, t, 0x81C081C0;
+and.b32 t, {w}, 0x001B001B;
+mul.lo.u32 t, t, 0x4108;
+and.b32 a3, t, 0x81C081C0;
 """
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -41,7 +40,7 @@ _MMA = (
 # Scales on the sums. Operands: 0-3 new sums, 4-7 old sums (tied), 8-9 words, 10-13 x, 14-15 scales
 # of rows g and g + 8.
 _BLOCK = (
-    "{\n.reg .b32 a0,a1,a2,a3,t,u;\n.reg .f32 d0,d1,d2,d3,z;\nmov.f32 z, 0f00000000;\n"
+    "{\n.reg .b32 a0,a1,a2,a3,t;\n.reg .f32 d0,d1,d2,d3,z;\nmov.f32 z, 0f00000000;\n"
     + _DECODE.format(w="$8")
     + _MMA.format(d="d0,d1,d2,d3", b="$10,$11", c="z,z,z,z")
     + _DECODE.format(w="$9")
@@ -56,7 +55,7 @@ _BLOCK = (
 # bfloat16.
 _SCALED = "".join(f"mul.bf16x2 a{i}, a{i}, ${14 + i % 2};\n" for i in range(4))
 _FOLDED_BLOCK = (
-    "{\n.reg .b32 a0,a1,a2,a3,t,u;\n"
+    "{\n.reg .b32 a0,a1,a2,a3,t;\n"
     + _DECODE.format(w="$8")
     + _SCALED
     + _MMA.format(d="$0,$1,$2,$3", b="$10,$11", c="$4,$5,$6,$7")

@@ -20,10 +20,17 @@ MOST_SLOTS = 128
 BARRIER_WORDS = DONE + MOST_SLOTS
 """Zeros when made, and after each launch, but for bit 31 of the word where blocks meet."""
 
-# Where the element (column pair a, row half h) of a lane lies in each 16-bit half of its word:
-# (sign bit, lowest magnitude bit). The kernel moves sign to bit 15 and magnitude to bits 8:6 (a
-# bfloat16's exponent and first mantissa bit) with at most two shifts; see README.md.
-_FIELDS = {(0, 0): (15, 6), (0, 1): (12, 3), (1, 0): (14, 0), (1, 1): (13, 9)}
+# Where the code of (column pair a, row half h) lies in a lane's word, if its column is even:
+# (first bit of the code, how many, place in the word). An odd column's lies 16 bits further on,
+# around the end. The kernel brings the sign to bit 15 and the magnitude to bits 8:6 (a bfloat16's
+# exponent and first mantissa bit) of a half: as they are, by two rotations, and for the last by a
+# product that moves three pieces at once; see README.md.
+_FIELDS = {
+    (0, 0): ((3, 1, 15), (0, 3, 6)),
+    (0, 1): ((3, 1, 5), (0, 3, 28)),
+    (1, 0): ((3, 1, 2), (0, 3, 25)),
+    (1, 1): ((3, 1, 1), (2, 1, 0), (0, 2, 3)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +159,12 @@ def pack(
     # To unit, part, tile, slice, group, g, c, block, step, (a, half).
     byte = byte.transpose(0, 1, 6, 2, 5, 7, 4, 9, 8, 10, 11, 3)
     words = xp.zeros(byte.shape[:-2], xp.uint32)
-    for (a, half), (sign, magnitude) in _FIELDS.items():
+    for (a, half), pieces in _FIELDS.items():
         for odd in (0, 1):
             code = (byte[..., a, half] >> xp.uint8(4 * odd)).astype(xp.uint32)
-            bits = (((code >> 3) & 1) << sign) | ((code & 7) << magnitude)
-            words = words | (bits << (16 * odd))
+            for first, count, place in pieces:
+                bits = (code >> first) & ((1 << count) - 1)
+                words = words | (bits << ((place + 16 * odd) % 32))
     scale = scales.reshape(
         -1, p.units, p.row_warps, 2, 8, p.column_warps, p.parts, p.part_columns // 32
     )
@@ -195,12 +203,12 @@ def unpack_stages(
     for half in (0, 1):
         pairs = []
         for a in (0, 1):
-            sign, magnitude = _FIELDS[a, half]
-            code = [
-                ((words >> (16 * odd + sign)) & 1) << 3 | ((words >> (16 * odd + magnitude)) & 7)
-                for odd in (0, 1)
-            ]
-            pairs.append(code[0] | code[1] << 4)
+            pair = xp.zeros_like(words)
+            for odd in (0, 1):
+                for first, count, place in _FIELDS[a, half]:
+                    bits = (words >> ((place + 16 * odd) % 32)) & ((1 << count) - 1)
+                    pair = pair | bits << (first + 4 * odd)
+            pairs.append(pair)
         halves.append(xp.stack(pairs, -1))
     # n, warp, group, g, c, block, step, a, half -> n, warp, half, g, group, block, c, step, a
     codes = xp.stack(halves, -1).transpose(0, 1, 8, 3, 2, 5, 4, 6, 7).astype(xp.uint8)

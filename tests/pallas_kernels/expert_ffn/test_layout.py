@@ -38,7 +38,13 @@ def test_each_nibble_lies_where_its_lane_takes_it():
     plan = make_plan(192, 768, 12, 3)
     codes, scales = random_matrix(rng, 1, 192, 768)
     words = layout.pack(codes, scales, plan).reshape(plan.units, plan.parts, plan.stage_words)
-    places = {(0, 0): (15, 6), (0, 1): (12, 3), (1, 0): (14, 0), (1, 1): (13, 9)}
+    # Of sign and magnitude, the greatest bit first.
+    places = {
+        (0, 0): (15, 8, 7, 6),
+        (0, 1): (5, 30, 29, 28),
+        (1, 0): (2, 27, 26, 25),
+        (1, 1): (1, 0, 4, 3),
+    }
     for _ in range(500):
         row, column = int(rng.integers(192)), int(rng.integers(768))
         unit, row_in_unit = divmod(row, 16 * plan.row_warps)
@@ -55,8 +61,8 @@ def test_each_nibble_lies_where_its_lane_takes_it():
         lane = 4 * g + c
         index = ((warp * (plan.part_columns // 64) + group) * 32 + lane) * 4 + 2 * block + step
         word = int(words[unit, part, index])
-        sign, magnitude = places[a, half]
-        found = (word >> (16 * odd + sign) & 1) << 3 | word >> (16 * odd + magnitude) & 7
+        bits = [word >> (place + 16 * odd) % 32 & 1 for place in places[a, half]]
+        found = int("".join(map(str, bits)), 2)
         assert found == codes[0, row, column // 2] >> (4 * (column % 2)) & 15
         at = ((warp * 8 + g) * 2 + half) * (plan.part_columns // 32) + in_part // 32
         byte = int(words[unit, part, plan.code_words + at // 4]) >> (8 * (at % 4)) & 255
