@@ -6,12 +6,12 @@ from pallas_kernels.expert_ffn.block import MAX_STAGES, SHARED_BYTES, common_wid
 from pallas_kernels.expert_ffn.layout import MOST_SLOTS, Plan
 from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
 
-_LEAST_RING, _RING_BYTES = 4, 104 * 1024
+_LEAST_RING, _RING_BYTES = 3, 80 * 1024
 """Stages of the ring at least, and its bytes at most: longer ones were slower.
 
-On H200s, a rank of eight of Pro, 8 tokens: 4, 5 and 7 stages of 26,112 bytes take 55.1, 55.9 and
-56.5 us on one card, 54.3, 55.7 and 57.2 on another (28 November 2026); in an older loop 3 and 7
-took 70.6 and 64.9. Why is not known: fewer copies under way in a long ring gave nothing.
+On an H200, a rank of eight of Pro, 8 tokens: 3, 4, 5 and 6 stages of 26,112 bytes take 45.1, 46.2,
+46.8 and 48.0 us of device time (28 November 2026). Likely for the end: what a block has claimed and
+not yet multiplied, nobody else can take.
 """
 
 
@@ -38,11 +38,15 @@ def x_buffers(down: Plan, stages: int, runs: int) -> int:
 
 
 def flow_stages(up: Plan, down: Plan, listed: int, runs: int | None = None) -> int:
-    """Stages of the ring: no more than help, and what fits beside hidden rows, sums and list."""
+    """Stages of the ring: no more than help, and what fits beside hidden rows, sums and list.
+
+    A claim's at least, so that its weights need not wait for its hidden rows.
+    """
     stage, sums = max(4 * p.stage_words for p in (up, down)), 2 * up.warps * 512
-    most = min(MAX_STAGES, max(_LEAST_RING, _RING_BYTES // stage))
+    runs = runs or run_units(down)
+    most = min(MAX_STAGES, max(_LEAST_RING, runs * down.parts, _RING_BYTES // stage))
     for stages in range(most, 0, -1):
-        rows = x_buffers(down, stages, runs or run_units(down)) * 2 * math.prod(rows_shape(down))
+        rows = x_buffers(down, stages, runs) * 2 * math.prod(rows_shape(down))
         if stages * stage + rows + sums + listed <= SHARED_BYTES:
             return stages
     return 0
