@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from mimo_jax.bench import kernel_cases, kernels  # noqa: E402
+from mimo_jax.bench import kernel_cases, kernel_jobs, kernels  # noqa: E402
 from mimo_jax.bench.kernel_lines import read_stamps  # noqa: E402
 from mimo_jax.bench.roofline import points, roofline, time_line  # noqa: E402
 from mimo_jax.errors import MimoError  # noqa: E402
@@ -110,6 +110,18 @@ def test_a_time_line_counts_from_the_first_block_that_begins():
     assert found["blocks"]["finisher: gate/up done"] == [1000, 1100, 1200]
     assert found["blocks"]["producer: begins"] == [-10, 90, 190]
     assert found["blocks"]["consumer: down done"] == [2990, 3090, 3190]
+
+
+def test_what_a_call_costs_has_no_part_in_a_layers_time(monkeypatch):
+    """A call of 20 ms, and half a millisecond a layer, two to an iteration."""
+    now = 0.0
+
+    def run(repeats):
+        nonlocal now
+        now += 20e-3 + 2 * 0.5e-3 * repeats
+
+    monkeypatch.setattr(kernel_jobs.time, "perf_counter", lambda: now)
+    assert kernel_jobs.seconds_each(run, count=2) == pytest.approx(0.5e-3)
 
 
 def test_points_of_the_roofline():

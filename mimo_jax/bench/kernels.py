@@ -243,7 +243,7 @@ def _jobs(options, names, shapes) -> list[Job]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints tables of checks and times."""
-    columns = ("shape", "launch", "t", "hooks", "slots", "us", "GB/s", "share")
+    columns = ("shape", "launch", "t", "hooks", "slots", "device_us", "us", "GB/s", "share")
     rows = [[row.get(k, "") for k in columns] for row in result["times"]]
     if rows:
         print_table("Expert FFN", columns, rows)
