@@ -5,7 +5,8 @@ import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-import emulator  # noqa: E402
+import emulated_linear  # noqa: E402
+import lane_emulator  # noqa: E402
 from linear_cases import BF16, CODES, oracle, random_case  # noqa: E402
 
 from pallas_kernels.linear import arithmetic, lanes  # noqa: E402
@@ -31,7 +32,7 @@ def distance(out, ref):
 def test_the_hooks_compute_the_linear(name, rng):
     plan, t = CASES[name]
     x, weight, scale, _ = random_case(rng, plan, t)
-    out = emulator.run(plan, x, weight, scale, None, 0.0, np.float32, t)
+    out = emulated_linear.run(plan, x, weight, scale, None, 0.0, np.float32, t)
     assert distance(out, oracle(x, weight, scale)) < TOLERANCE
 
 
@@ -39,7 +40,7 @@ def test_the_hooks_compute_the_linear(name, rng):
 def test_the_hooks_compute_the_norm(name, rng):
     plan, t = CASES[name]
     x, weight, scale, norm = random_case(rng, plan, t)
-    out = emulator.run(plan, x, weight, scale, norm, 1e-5, np.float32, t)
+    out = emulated_linear.run(plan, x, weight, scale, norm, 1e-5, np.float32, t)
     # Another rounding of a few normed values of x to bfloat16.
     assert distance(out, oracle(x, weight, scale, norm, 1e-5)) < 2e-3
 
@@ -49,8 +50,8 @@ def test_the_hooks_add_the_residual_before_they_round(name, rng):
     plan, t = CASES[name]
     x, weight, scale, _ = random_case(rng, plan, t)
     residual = rng.normal(size=(t, plan.rows)).astype(BF16)
-    out = emulator.run(plan, x, weight, scale, None, 0.0, BF16, t, residual)
-    wide = emulator.run(plan, x, weight, scale, None, 0.0, np.float32, t)
+    out = emulated_linear.run(plan, x, weight, scale, None, 0.0, BF16, t, residual)
+    wide = emulated_linear.run(plan, x, weight, scale, None, 0.0, np.float32, t)
     wide = wide.astype(np.float32) + residual.astype(np.float32)
     np.testing.assert_array_equal(out, wide.astype(BF16).astype(np.float64))
 
@@ -58,8 +59,8 @@ def test_the_hooks_add_the_residual_before_they_round(name, rng):
 def test_the_hooks_round_to_bfloat16(rng):
     plan, t = CASES["bf16"]
     x, weight, scale, _ = random_case(rng, plan, t)
-    out = emulator.run(plan, x, weight, scale, None, 0.0, BF16, t)
-    wide = emulator.run(plan, x, weight, scale, None, 0.0, np.float32, t)
+    out = emulated_linear.run(plan, x, weight, scale, None, 0.0, BF16, t)
+    wide = emulated_linear.run(plan, x, weight, scale, None, 0.0, np.float32, t)
     np.testing.assert_array_equal(out, wide.astype(BF16).astype(np.float64))
 
 
@@ -74,7 +75,7 @@ def test_every_code_is_decoded(rng):
     x[1] = 1
     x[2, places[7]] = 3
     scale = np.full((2, 2), 2.0**-3, np.float32)
-    out = emulator.run(plan, x, weight.view(CODES), scale, None, 0.0, np.float32, 3)
+    out = emulated_linear.run(plan, x, weight.view(CODES), scale, None, 0.0, np.float32, 3)
     values = codes.view(CODES).astype(np.float64) / 8
     np.testing.assert_array_equal(out, [0 * values, values, 3 * values * (np.arange(254) == 7)])
 
@@ -83,8 +84,8 @@ def test_every_code_is_decoded(rng):
 def test_blocks_bring_their_shares_of_an_array_nearer(wanted):
     """All of it, or the beginning of each block's share: once, and nothing beyond."""
     plan, t = CASES["bf16"]
-    ahead = emulator.Memory(np.zeros((37, 1504), np.float32))
-    with emulator.emulated():
+    ahead = lane_emulator.Memory(np.zeros((37, 1504), np.float32))
+    with lane_emulator.emulated(*emulated_linear.MODULES):
         for block in range(plan.groups):
             lanes.Lanes(plan, t).prefetch(ahead, wanted, block)
     found = sorted(ahead.prefetched)
@@ -110,5 +111,5 @@ def test_a_planted_bug_is_seen(bug, rng, monkeypatch):
     monkeypatch.setattr(arithmetic, "DECODE_ASM", text.replace(right, wrong))
     plan, t = CASES["fp8"]
     x, weight, scale, _ = random_case(rng, plan, t)
-    out = emulator.run(plan, x, weight, scale, None, 0.0, np.float32, t)
+    out = emulated_linear.run(plan, x, weight, scale, None, 0.0, np.float32, t)
     assert not distance(out, oracle(x, weight, scale)) < 100 * TOLERANCE

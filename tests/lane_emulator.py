@@ -1,4 +1,4 @@
-"""Runs the few-token linear's PTX hooks on a CPU: 128 threads at once, an array for a register.
+"""Runs a kernel's PTX hooks on a CPU: 128 threads at once, an array for a register.
 
 The hooks build their program by calling a few functions of MLIR's; here these functions compute.
 So what is tested is the very code that makes the kernel: addresses, fragments, and the inline PTX,
@@ -12,8 +12,7 @@ import types
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import ahead, barriers, carriers, ptx
-from pallas_kernels.linear import arithmetic, lanes, memory
+from pallas_kernels import barriers, carriers, ptx
 
 THREADS = 128
 U32, F32 = np.uint32, np.float32
@@ -45,6 +44,20 @@ class Memory:
             self.bytes[start : start + size] = values[thread : thread + 1].view(np.uint8)[:size]
 
 
+_INSIDE = []
+"""Conditions of the branches that are being carried out, by all threads."""
+
+
+@contextlib.contextmanager
+def when(condition):
+    """A branch: threads for which the condition does not hold reach no memory in it."""
+    _INSIDE.append(condition)
+    try:
+        yield
+    finally:
+        _INSIDE.pop()
+
+
 class Pointer:
     """An address in each thread."""
 
@@ -60,6 +73,8 @@ class Pointer:
     def places(self, offset=0, where=None):
         """Of the threads that take part."""
         live = np.ones(THREADS, bool) if where is None else where
+        for inside in _INSIDE:
+            live = live & inside
         return [(i, int(self.at[i]) + offset) for i in np.flatnonzero(live)]
 
 
@@ -133,11 +148,17 @@ _OPERATIONS = {
     "cvt.rn.bf16x2.f32": lambda high, low: pair(low, high),
     "cvt.rn.bf16.f32": lambda a: pair(a, a),
     "cvt.u32.u16": lambda a: a & U32(0xFFFF),
+    "mul.lo.u32": lambda a, b: a * U32(b),
+    "shf.l.wrap.b32": lambda low, high, n: high << U32(n) | low >> U32(32 - n),
+    "mov.u32": full,
+    "ex2.approx.f32": np.exp2,
+    "rcp.approx.f32": lambda a: (1 / a).astype(F32),
     "mul.rn.f32": lambda a, b: a * b,
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(F32),
     "rsqrt.approx.f32": lambda a: (1 / np.sqrt(a)).astype(F32),
     "setp.ne.s32": lambda a, b: a != full(b),
     "setp.eq.s32": lambda a, b: a == full(b),
+    "setp.ge.s32": lambda a, b: a.view(np.int32) >= b,
     "setp.lt.u32": lambda a, b: a < full(b),
     "setp.gt.u32": lambda a, b: a > full(b),
     "shfl.sync.bfly.b32": shuffle,
@@ -159,7 +180,10 @@ class Assembler:
         name = name.strip()
         if name in self.names:
             return self.names[name]
-        return int(name, 0)
+        if name.startswith("0f"):
+            return full(U32(int(name[2:], 16)).view(F32), F32)
+        # Grids are one-dimensional.
+        return 0 if name == "%ctaid.z" else int(name, 0)
 
     def line(self, line):
         """One instruction."""
@@ -170,6 +194,11 @@ class Assembler:
             where, line = self.names["p"], line[3:]
         operation, rest = line.split(None, 1)
         if operation.startswith(("mbarrier.", "bar.")):
+            return
+        if operation.startswith("mma.sync"):
+            groups = [part.split(",") for part in re.findall(r"\{(.*?)\}", rest)]
+            sums = mma(*([self.value(name) for name in group] for group in groups[1:]))
+            self.names |= dict(zip(groups[0], sums, strict=True))
             return
         if operation.startswith("cp.async"):
             return self.copy(operation, rest, where)
@@ -224,7 +253,7 @@ class Assembler:
 
 
 def _inline_asm(kind, operands, text, constraints, has_side_effects=False):
-    if "mma.sync" in text:
+    if text.startswith("mma.sync"):
         return mma(operands[:4], operands[4:6], operands[6:])
     outputs = sum("=" in c for c in constraints.split(","))
     found = Assembler(text, outputs, operands).outputs
@@ -248,9 +277,30 @@ def _store(value, pointer, alignment):
         pointer.memory.store(pointer.places(4 * i), part, 4)
 
 
+class Carried(list):
+    """An array between hooks: its values, an array of all threads for each."""
+
+    @property
+    def registers(self):
+        """The same in vectors."""
+        width = next(n for n in (4, 2, 1) if len(self) % n == 0)
+        vectors = [self[i : i + width] for i in range(0, len(self), width)]
+        return types.SimpleNamespace(flat=vectors)
+
+
+def _carry(registers, per_thread, signed=None):
+    values = [value for vector in registers for value in vector]
+    assert len(values) == per_thread
+    return Carried(values)
+
+
 def _compare(predicate, a, b):
     assert predicate == "ult"
     return a < b
+
+
+def _greater(a, b):
+    return np.maximum(a.view(np.int32), b.view(np.int32)).view(U32)
 
 
 def _constant(value, kind):
@@ -295,6 +345,8 @@ _MLIR = dict(
         remui=np.remainder,
         minui=np.minimum,
         maxui=np.maximum,
+        maxsi=_greater,
+        shli=np.left_shift,
         andi=np.bitwise_and,
         ori=np.bitwise_or,
         shrui=np.right_shift,
@@ -316,27 +368,29 @@ _MLIR = dict(
     ),
     utils=types.SimpleNamespace(
         c=_constant,
+        when=when,
         thread_idx=lambda: np.arange(THREADS, dtype=U32),
         memref_ptr=lambda memory: Pointer(memory, 0),
         getelementptr=lambda pointer, at, kind: pointer.plus(at[0]),
     ),
 )
-# An array between hooks is its list of values, as is a vector; an argument is an int of Python's.
+# A vector is a list of values, too; an argument is an int of Python's.
 _OWN = {
     ptx: dict(join=list, split=list, scalar=full),
     carriers: dict(
         carrier=lambda per_thread: None,
         carried=lambda per_thread, dtype: None,
-        carry_values=lambda values, signed=None: list(values),
-        values=lambda array: array,
+        carry=_carry,
+        carry_values=lambda values, signed=None: Carried(values),
+        values=list,
     ),
 }
 
 
 @contextlib.contextmanager
-def emulated():
-    """The hooks of `lanes.Lanes` compute while this lasts."""
-    modules = (lanes, arithmetic, memory, ahead, barriers, carriers, ptx)
+def emulated(*modules):
+    """The hooks that are made in these modules compute while this lasts."""
+    modules = (*modules, barriers, carriers, ptx)
     fakes = [(module, *item) for module in modules for item in _MLIR.items()]
     fakes = [(module, name, fake) for module, name, fake in fakes if hasattr(module, name)]
     fakes += [(module, *item) for module, own in _OWN.items() for item in own.items()]
@@ -348,48 +402,3 @@ def emulated():
     finally:
         for module, name, real in before:
             setattr(module, name, real)
-
-
-def run(plan, x, weight, scale, norm, epsilon, out_dtype, t, residual=None):
-    """The whole linear, as the blocks of the grid do it, without ring and barriers."""
-    unit = 0 if scale is None else plan.rows // scale.shape[0]
-    hooks = lanes.Lanes(plan, t, unit, epsilon)
-    out = Memory(np.full((plan.split, t, plan.rows), np.nan, out_dtype))
-    x_ref = Memory(x)
-    scale_ref = None if scale is None else Memory(scale)
-    weight_ref, told = Memory(weight), (Memory(np.zeros(99, np.uint32)), 3)
-    groups = plan.warps // 4
-    with emulated():
-        for cta in range(plan.groups * plan.split):
-            piece = cta % plan.split
-            first = min(cta // plan.split * plan.block_rows, plan.rows - plan.block_rows)
-            fetched = [hooks.fetch(x_ref, piece, group) for group in range(groups)]
-            if norm is not None:
-                norms = Memory(np.full((plan.warps, 16), np.nan, F32))
-                for group in range(groups):
-                    hooks.squares(fetched[group], norms, group)
-                fetched = [
-                    hooks.normed(fetched[group], norms, Memory(norm), piece, group)
-                    for group in range(groups)
-                ]
-            operands = list(map(hooks.operands, fetched))
-            for step in range(plan.steps):
-                sums_ref = np.full((groups, plan.sums_floats // groups), np.nan, F32)
-                memories = [Memory(row) for row in sums_ref]
-                for group in range(groups):
-                    scales, sums = None, None
-                    if scale is not None:
-                        scales = hooks.scales(scale_ref, first, step, piece, group)
-                    for part in range(plan.parts):
-                        stage = Memory(np.full(plan.stage_bytes, 0xFF, np.uint8))
-                        rows = plan.last_rows if step == plan.steps - 1 else plan.step_rows
-                        row = first + step * plan.step_rows
-                        hooks.copy(weight_ref, row, rows, piece, part, stage, told, 1)
-                        sums = hooks.multiply(sums, operands[group], scales, part, stage, group)
-                    hooks.put(sums, memories[group])
-                whole = Memory(np.stack([memory.array for memory in memories]))
-                added = None
-                if residual is not None:
-                    added = hooks.residual(Memory(residual), first, step)
-                hooks.finish(whole, out, first, step, piece, added)
-    return out.array.astype(np.float64).sum(0)
