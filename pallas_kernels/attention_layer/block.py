@@ -25,6 +25,7 @@ from pallas_kernels.attention.ring_block import RingBlock
 from pallas_kernels.linear.block import Block
 from pallas_kernels.linear.plan import Plan
 from pallas_kernels.roles import consumer_registers, run_roles
+from pallas_kernels.shared_memory import shared_bytes
 
 SHARED_BYTES = 225 * 1024
 """Of 227 KB that a thread block can have; the rest is for barriers."""
@@ -195,8 +196,7 @@ def stages_of(projection: Plan, output: Plan, ring: RingBlock) -> int:
     """Stages of the common ring: what shared memory holds beside all else."""
     kept = [8 * max(projection.sums_floats, output.sums_floats), 2 * projection.columns, 1024]
     kept += [4 * size for size in ring.shared.values()]
-    left = SHARED_BYTES - sum(-(-size // 1024) * 1024 for size in kept)
-    return left // (-(-projection.stage_bytes // 1024) * 1024)
+    return (SHARED_BYTES - shared_bytes(*kept)) // shared_bytes(projection.stage_bytes)
 
 
 def misfit(projection: Plan | None, output: Plan | None, ring: RingBlock) -> str | None:

@@ -28,6 +28,7 @@ from pallas_kernels.expert_ffn.slots import (
     most_slots,
     sum_choices,
 )
+from pallas_kernels.shared_memory import shared_bytes
 
 _MOST_LISTED = 128
 """Choices that a thread block can list by itself."""
@@ -130,9 +131,9 @@ def _check_resident(launch):
 
 
 def _list_bytes(slots, t):
-    """Shared memory of a work list: Pallas begins each array at a multiple of 1024."""
-    lanes = -(-4 * TOKENS * slots // 1024)
-    return 1024 * ((2 + (t > TOKENS)) * lanes + -(-4 * slots // 1024) + 3)
+    """Shared memory of a work list: what slots and tokens have, and three arrays of a few words."""
+    lanes = [4 * TOKENS * slots] * (2 + (t > TOKENS))
+    return shared_bytes(*lanes, 4 * slots, *[4] * 3)
 
 
 def _hooks(hooks, launch, interpret, t, c, experts, **options):

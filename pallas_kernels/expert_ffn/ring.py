@@ -5,6 +5,7 @@ import math
 from pallas_kernels.expert_ffn.block import MAX_STAGES, SHARED_BYTES, common_width
 from pallas_kernels.expert_ffn.layout import MOST_SLOTS, Plan
 from pallas_kernels.expert_ffn.slots import TOKENS, most_slots
+from pallas_kernels.shared_memory import shared_bytes
 
 _LEAST_RING, _RING_BYTES = 3, 80 * 1024
 """Stages of the ring at least, and its bytes at most: longer ones were slower.
@@ -67,5 +68,5 @@ def flow_misfit(up: Plan, down: Plan, t: int, c: int, experts: int) -> str | Non
 
 
 def list_bytes(slots: int) -> int:
-    """Shared memory of list, claims and barriers: each array begins at a multiple of 1024."""
-    return 1024 * (2 * -(-4 * TOKENS * slots // 1024) + -(-4 * slots // 1024) + 6)
+    """Shared memory of list, claims and barriers, six arrays of which have a few words."""
+    return shared_bytes(*[4 * TOKENS * slots] * 2, 4 * slots, *[4] * 6)

@@ -9,6 +9,7 @@ import functools
 import math
 
 from pallas_kernels.roles import consumer_registers
+from pallas_kernels.shared_memory import shared_bytes
 
 SEGMENT = 128
 """Columns whose products are summed by themselves; FP8's tiles are as wide."""
@@ -149,8 +150,7 @@ class Plan:
         """Of the ring: all that a block copies, or what fits."""
         norm = 2 * self.columns + 2048  # Of a norm, if there is one.
         left = _SHARED_BYTES - 2 * 4 * self.sums_floats - norm * (self.split == 1)
-        fits = left // (-(-self.stage_bytes // 1024) * 1024)
-        return min(self.copies, _MOST_STAGES, fits)
+        return min(self.copies, _MOST_STAGES, left // shared_bytes(self.stage_bytes))
 
     @property
     def once(self) -> bool:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_memory import poison
 
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("the Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
@@ -40,11 +41,6 @@ CACHES = {
     "pro": (dict(b=1, t=8, n=16, h=192, v=128, k=1, s=448), 32),
     "nano": (dict(b=2, t=8, n=8, h=48, v=32, k=2, s=448), 8),
 }
-
-
-def poison(gib=1):
-    """Memory that the next program gets holds NaN."""
-    jax.block_until_ready(jnp.full(gib << 28, jnp.nan, jnp.float32)).delete()
 
 
 def repeated(run, *arguments):

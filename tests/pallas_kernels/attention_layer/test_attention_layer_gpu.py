@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_layer_cases import SHAPES, distance, make, options
+from gpu_memory import poison
 
 from pallas_kernels.attention_layer import attention_layer
 from pallas_kernels.choice import kernel_absence
@@ -24,11 +25,6 @@ def kernel(name, stream=False):
     flags = dict(flags=jnp.zeros(8, jnp.uint32), stream=stream)
     rest = options(SHAPES[name], **flags, implementation="mosaic_gpu")
     return jax.jit(lambda a: attention_layer(**a, **rest, ahead=a["qkv"]))
-
-
-def poison(gib=1):
-    """Memory that the next program gets holds NaN."""
-    jax.block_until_ready(jnp.full(gib << 28, jnp.nan, jnp.float32)).delete()
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from expert_cases import distance, random_experts, random_routing
+from gpu_memory import poison
 
 from pallas_kernels.choice import kernel_absence
 from pallas_kernels.expert_ffn import expert_ffn, pack_experts
@@ -53,11 +54,6 @@ def make(rng, name, t, experts=EXPERTS, scales=(118, 124)):
     return x, weights, ids, routing
 
 
-def poison(gib=2):
-    """Memory that the next program gets holds NaN."""
-    jax.block_until_ready(jnp.full(gib << 28, jnp.nan, jnp.float32)).delete()
-
-
 @pytest.mark.parametrize("name", ["pro-tp8", "flash-tp8", "nano", "pro-tp2"])
 @pytest.mark.parametrize("t", [1, 8, 13])
 def test_matches_the_reference(name, t, rng):
@@ -65,7 +61,7 @@ def test_matches_the_reference(name, t, rng):
     if t > 1:
         ids[0, 0], ids[1, 0], ids[2, 1] = EXPERTS, ids[1, 1], -1
     packed = jax.jit(pack_experts)(weights)
-    poison()
+    poison(2)
     out = kernel(x, packed, ids, routing)
     assert distance(out, np.asarray(reference(x, weights, ids, routing), np.float64)) < TOLERANCE
 
@@ -75,7 +71,7 @@ def test_any_number_of_active_experts(active, rng):
     x, weights, _, routing = make(rng, "pro-tp8", 16, experts=128)
     ids = np.resize(rng.permutation(128)[:active], 16 * 8).reshape(16, 8).astype(np.int32)
     packed = jax.jit(pack_experts)(weights)
-    poison()
+    poison(2)
     out = kernel(x, packed, ids, routing)
     assert distance(out, np.asarray(reference(x, weights, ids, routing), np.float64)) < TOLERANCE
 

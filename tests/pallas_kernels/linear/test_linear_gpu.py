@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_memory import poison
 from linear_cases import random_case
 
 from pallas_kernels.choice import kernel_absence
@@ -28,11 +29,6 @@ def make(rng, name, t):
     plan = plan_for(shape.n, shape.d, shape.itemsize)
     case = random_case(rng, plan, t, shape.unit or 64)
     return [None if part is None else jnp.asarray(part) for part in case]
-
-
-def poison(gib=1):
-    """Memory that the next program gets holds NaN."""
-    jax.block_until_ready(jnp.full(gib << 28, jnp.nan, jnp.float32)).delete()
 
 
 def distance(out, ref):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_memory import poison
 from router_cases import choose, close_calls, normed, random_case, scores
 
 from pallas_kernels.choice import kernel_absence
@@ -32,11 +33,6 @@ def make(rng, name, t):
         return run(jnp.asarray(h), norm, weight, bias, live=live, counter=counter)
 
     return case, call, counter
-
-
-def poison(gib=1):
-    """Memory that the next program gets holds NaN."""
-    jax.block_until_ready(jnp.full(gib << 28, jnp.nan, jnp.float32)).delete()
 
 
 def same(a, b, slot, row):
