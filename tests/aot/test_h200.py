@@ -14,7 +14,7 @@ pytestmark = [
 ]
 KERNELS = ["expert_down", "expert_gate_up"]
 LAYERS = 24
-MOST_SPILLED = 300
+MOST_SPILLED, MOST_SPILLED_OF_TWO = 100, 75
 
 
 @pytest.mark.parametrize("case", ["pro_tp8", "pro", "nano", "prefill"])
@@ -22,7 +22,7 @@ def test_two_launches_hardly_spill(case):
     """With more than 8 tokens."""
     found = report(f"kernel_{case}")
     assert sorted(kernel.name for kernel in found.kernels) == KERNELS
-    assert all(kernel.spilled_bytes < MOST_SPILLED // 4 for kernel in found.kernels)
+    assert all(kernel.spilled_bytes < MOST_SPILLED_OF_TWO for kernel in found.kernels)
     assert all(0 < kernel.registers <= 168 for kernel in found.kernels)
     assert not found.outside
 
