@@ -151,9 +151,9 @@ class Flow:
         def down_claim(carry):
             m, index, claim, ticket, known = carry
             slot, unit = self.down_place(claim, first)
-            # The rows come with the first unit: later, consumers would wait for them. Not before
-            # it, for consumers wait for the next stage before they multiply the last one, which
-            # may be of gate/up.
+            # The rows come with the first unit, or if they are not done yet after the last. Not
+            # before it, for consumers wait for the next stage before they multiply the last one,
+            # which may be of gate/up.
             index = self.copy_unit(refs, 1, slot, unit, index)
             known = rows_done(slot, known, wait=not self.may_lag)
             early = known > slot
