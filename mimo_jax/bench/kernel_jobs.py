@@ -67,7 +67,7 @@ def seconds_each(function, *args, count: int) -> float:
     """Time of one of `count` layers in an iteration of function(*args, repeats=n).
 
     It is the difference of a long and a short call, in which what the host does for a call has no
-    part. Short calls had taken 4 to 7 us a layer more than the profiler gave their kernels.
+    part. Short calls had taken 4 to 9 us a layer more than the profiler gave their kernels.
     """
     short, long = (
         seconds(functools.partial(function, repeats=n), *args, queue=1) for n in _REPEATS
