@@ -44,20 +44,6 @@ class Memory:
             self.bytes[start : start + size] = values[thread : thread + 1].view(np.uint8)[:size]
 
 
-_INSIDE = []
-"""Conditions of the branches that are being carried out, by all threads."""
-
-
-@contextlib.contextmanager
-def when(condition):
-    """A branch: threads for which the condition does not hold reach no memory in it."""
-    _INSIDE.append(condition)
-    try:
-        yield
-    finally:
-        _INSIDE.pop()
-
-
 class Pointer:
     """An address in each thread."""
 
@@ -73,8 +59,6 @@ class Pointer:
     def places(self, offset=0, where=None):
         """Of the threads that take part."""
         live = np.ones(THREADS, bool) if where is None else where
-        for inside in _INSIDE:
-            live = live & inside
         return [(i, int(self.at[i]) + offset) for i in np.flatnonzero(live)]
 
 
@@ -368,7 +352,6 @@ _MLIR = dict(
     ),
     utils=types.SimpleNamespace(
         c=_constant,
-        when=when,
         thread_idx=lambda: np.arange(THREADS, dtype=U32),
         memref_ptr=lambda memory: Pointer(memory, 0),
         getelementptr=lambda pointer, at, kind: pointer.plus(at[0]),

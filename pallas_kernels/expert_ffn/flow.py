@@ -435,7 +435,7 @@ EVENTS = 6
 
 
 def divided(index, n: int):
-    """An int that is not negative by n, and the rest, which compilers do not know of it."""
+    """Quotient and remainder of an int by n; it is not negative, which compilers do not know."""
     if n & (n - 1):
         return lax.div(index, n), lax.rem(index, n)
     return lax.shift_right_logical(index, n.bit_length() - 1), index & (n - 1)

@@ -11,7 +11,7 @@ _LEAST_RING, _RING_BYTES = 3, 80 * 1024
 """Stages of the ring at least, and its bytes at most: longer ones were slower.
 
 On an H200, a rank of eight of Pro, 8 tokens: 3, 4, 5 and 6 stages of 26,112 bytes take 45.1, 46.2,
-46.8 and 48.0 us of device time (28 November 2026). Likely for the end: what a block has claimed and
+46.8 and 48.0 us of device time (29 November 2026). Likely for the end: what a block has claimed and
 not yet multiplied, nobody else can take.
 """
 
