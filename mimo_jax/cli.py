@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import mimo_jax
-from mimo_jax.commands.model import add_model_arguments, load_model
+from mimo_jax.commands.model import add_model_arguments, check_answer, load_model
 from mimo_jax.errors import MimoError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -163,6 +163,9 @@ def generate(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "speculative": not options.no_spec,
     }
+    check_answer(choices)
+    if not prompt:
+        raise MimoError("The prompt is empty: give at least one character to go on from.")
     engine = load_model(options)
     if options.json:
         output = engine.generate(prompt, **choices)

@@ -1,17 +1,20 @@
 """What users hold: an engine that answers prompts, its sessions, and outputs with statistics."""
 
 import logging
+import operator
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mimo_jax.config import ModelConfig
-from mimo_jax.decode.batch import CHUNKS, Decoding
+from mimo_jax.decode.batch import CHUNKS, Decoding, check_room
 from mimo_jax.decode.chat import check_every
 from mimo_jax.decode.conversing import Conversing
 from mimo_jax.decode.options import Options
@@ -20,12 +23,14 @@ from mimo_jax.decode.program import Plan, Settings, make_program, state_maker
 from mimo_jax.decode.state import State
 from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.errors import MimoError
-from mimo_jax.text.tokenizer import Detokenizer, Tokenizer
+from mimo_jax.planning.memory import check_state
+from mimo_jax.text.messages import check_text
+from mimo_jax.text.tokenizer import Tokenizer
 
 DRAFTERS = {"dflash": "drafter", "mtp": "mtp"}
 """Kinds of drafter, and the parts of a checkpoint that have their parameters."""
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[SupportsIndex] | np.ndarray | jax.Array
 """Text, or token ids."""
 
 _log = logging.getLogger("mimo_jax")
@@ -68,6 +73,7 @@ class Engine(Conversing):
         self._programs: dict[tuple[int, int], Any] = {}
         self._makers: dict[int, Any] = {}
         self._idle: tuple[int, State] | None = None
+        self._decodings: weakref.WeakSet[Decoding] = weakref.WeakSet()
 
     @property
     def block(self) -> int:
@@ -103,10 +109,12 @@ class Engine(Conversing):
         checked = Options.check(self.block, self.config.vocab_size, options)
         prompts, single = self._prompts(prompt)
         decoding = Decoding(self, len(prompts))
-        decoding.append(prompts, checked)
-        decoding.advance(decoding.limits)
-        outputs = decoding.outputs()
-        decoding.release()
+        try:
+            decoding.append(prompts, checked)
+            decoding.advance(decoding.limits)
+            outputs = decoding.outputs()
+        finally:
+            decoding.release()
         return outputs[0] if single else outputs
 
     def stream(self, prompt: Prompt, *, every: int = 16, **options: Any) -> Iterator[Piece]:
@@ -129,25 +137,14 @@ class Engine(Conversing):
         check_every(every)
         checked = Options.check(self.block, self.config.vocab_size, options)
         tokens = self._encode(prompt)
+        check_room(self.max_len, len(tokens))
         return self._pieces(tokens, every, checked)
 
     def _pieces(self, tokens: list[int], every: int, options: Options) -> Iterator[Piece]:
         decoding = Decoding(self, 1)
-        decoding.append([tokens], options)
-        detokenizer = Detokenizer(self.tokenizer)
-        shown = 0
         try:
-            while True:
-                decoding.advance(decoding.lengths + every)
-                fresh = decoding.answer(0)[shown:]
-                shown += len(fresh)
-                text = detokenizer.push(self._spelled(fresh))
-                if decoding.over:
-                    output = decoding.outputs()[0]
-                    text += detokenizer.finish()
-                    yield Piece(text, fresh, output.finish_reason, output.stats)
-                    return
-                yield Piece(text, fresh)
+            decoding.append([tokens], options)
+            yield from decoding.pieces(every)
         finally:
             decoding.release()
 
@@ -157,8 +154,10 @@ class Engine(Conversing):
         return Session(self)
 
     def close(self) -> None:
-        """Frees the parameters and caches; the engine cannot be used any more."""
+        """Frees the parameters and caches, sessions' too; the engine cannot be used any more."""
         self._close_format()
+        for decoding in list(self._decodings):
+            decoding.drop()
         if self._params is not None:
             for leaf in jax.tree.leaves((self._params, self._idle)):
                 if isinstance(leaf, jax.Array):
@@ -207,10 +206,10 @@ class Engine(Conversing):
 
     def _prompts(self, prompt: Any) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether it was a single one."""
-        whole = isinstance(prompt, Sequence) and all(isinstance(p, int) for p in prompt)
-        if isinstance(prompt, str) or whole and len(prompt):
+        ids = token_ids(prompt)
+        if isinstance(prompt, str) or ids:
             return [self._encode(prompt)], True
-        if not isinstance(prompt, Sequence) or not len(prompt):
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence) or not prompt:
             raise MimoError(
                 f"prompt={prompt!r} is not allowed: it must be a str, token ids, or a list of at "
                 "least one of these."
@@ -218,17 +217,16 @@ class Engine(Conversing):
         return [self._encode(p) for p in prompt], False
 
     def _encode(self, prompt: Any) -> list[int]:
+        tokens = token_ids(prompt)
         if isinstance(prompt, str):
+            check_text(prompt, "The prompt")
             tokens = list(self.tokenizer.encode(prompt))
-        elif isinstance(prompt, Sequence) and all(isinstance(p, int) for p in prompt):
-            tokens, vocab = list(prompt), self.config.vocab_size
-            strange = [p for p in tokens if not 0 <= p < vocab]
-            if strange:
-                raise MimoError(
-                    f"token id {strange[0]} is not in the vocabulary: 0 to {vocab - 1}."
-                )
-        else:
+        elif tokens is None:
             raise MimoError(f"prompt={prompt!r} is not allowed: it must be a str or token ids.")
+        vocab = self.config.vocab_size
+        strange = [token for token in tokens if not 0 <= token < vocab]
+        if strange:
+            raise MimoError(f"token id {strange[0]} is not in the vocabulary: 0 to {vocab - 1}.")
         if not tokens:
             raise MimoError("The prompt is empty: give at least one character to go on from.")
         return tokens
@@ -258,14 +256,31 @@ class Engine(Conversing):
         idle, self._idle = self._idle, None
         if idle is not None and idle[0] == batch:
             return idle[1]
+        del idle  # Before the next is made: both may not fit.
+        settings = Settings(batch, self.max_len, self.block, CHUNKS[-1], self._dtype)
+        check_state(self._plan, settings)
         if batch not in self._makers:
-            settings = Settings(batch, self.max_len, self.block, CHUNKS[0], self._dtype)
             self._makers[batch] = state_maker(self._plan, settings)
         return self._makers[batch]()
 
     def _say(self, message: str) -> None:
         if self._progress:
             print(message, file=sys.stderr, flush=True)
+
+
+def token_ids(prompt: Any) -> list[int] | None:
+    """A sequence or an array of whole numbers as a list; None if it is something else."""
+    if isinstance(prompt, np.ndarray | jax.Array):
+        ids = np.asarray(prompt)  # At once: JAX hands out elements one by one.
+        return ids.tolist() if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) else None
+    if isinstance(prompt, str | bytes | bytearray):
+        return None
+    try:
+        values = list(prompt)
+        flags = any(isinstance(value, bool | np.bool_) for value in values)
+        return None if flags else [operator.index(value) for value in values]
+    except TypeError:
+        return None
 
 
 class Session:
@@ -280,6 +295,7 @@ class Session:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._decoding: Decoding | None = Decoding(engine, 1)
+        self._turn = 0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -289,6 +305,8 @@ class Session:
     def send(self, text: Prompt, **options: Any) -> Output:
         """Adds text and answers it.
 
+        If it is interrupted, the text was not added.
+
         Args:
           text: or token ids.
           **options: as for `Engine.generate`.
@@ -297,11 +315,58 @@ class Session:
           MimoError: for an option that is not allowed, or text that the cache has no room for; the
             session then stays as it was.
         """
-        engine, decoding = self._engine, self._open()
-        checked = Options.check(engine.block, engine.config.vocab_size, options)
-        decoding.append([engine._encode(text)], checked)
+        decoding, tokens, checked = self._checked(text, options)
+        self._turn += 1
+        decoding.append([tokens], checked)
         decoding.advance(decoding.limits)
         return decoding.outputs()[0]
+
+    def stream(self, text: Prompt, *, every: int = 16, **options: Any) -> Iterator[Piece]:
+        """The same, piece by piece.
+
+        Close the iterator to stop the answer: what was said stays in the session.
+
+        Args:
+          text: as for `send`.
+          every: as for `Engine.stream`.
+          **options: as for `Engine.generate`.
+
+        Raises:
+          MimoError: as `send`, at once; and at the next piece if the session went on meanwhile.
+        """
+        check_every(every)
+        _, tokens, checked = self._checked(text, options)
+        return self._pieces(tokens, checked, every, self._turn)
+
+    def _checked(self, text: Prompt, options: dict) -> tuple[Decoding, list[int], Options]:
+        """What is needed to answer a text, or an error."""
+        engine, decoding = self._engine, self._open()
+        checked = Options.check(engine.block, engine.config.vocab_size, options)
+        tokens = engine._encode(text)
+        check_room(engine.max_len, len(tokens), held=len(decoding.tokens[0]))
+        return decoding, tokens, checked
+
+    def _pieces(
+        self, tokens: list[int], options: Options, every: int, turn: int
+    ) -> Iterator[Piece]:
+        self._check_turn(turn)
+        self._turn = turn = turn + 1
+        decoding = self._open()
+        decoding.append([tokens], options)
+        for piece in decoding.pieces(every):
+            yield piece
+            if piece.stats is None:
+                self._check_turn(turn)
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise MimoError("The session went on while this stream was open: ask anew.")
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Gives the caches back; the session cannot be used any more."""

@@ -25,7 +25,7 @@ from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.engine import DRAFTERS, Engine
 from mimo_jax.errors import MimoError
 from mimo_jax.planning.memory import check_memory
-from mimo_jax.sharding import RULES, AnyMesh, make_mesh
+from mimo_jax.sharding import AXIS, RULES, AnyMesh, make_mesh
 from mimo_jax.text.tokenizer import Tokenizer
 from pallas_kernels.choice import kernel_absence
 
@@ -83,10 +83,8 @@ def load(
       MimoError: if the checkpoint is missing or damaged, does not fit the arguments, or needs more
         memory than the devices have, which is known before anything is loaded.
     """
-    if mesh is not None and devices is not None:
-        raise MimoError("mesh and devices are both given: one is enough.")
+    mesh = _mesh(mesh, devices)
     checkpoint = _open(path, drafter)
-    mesh = make_mesh(devices) if mesh is None else mesh
     given = dict(experts=experts, linear=linear, o_proj=o_proj, layout=layout, kernel=kernel)
     held = _held(checkpoint, mesh, dtype=dtype, **given)
     max_len = _max_len(max_len, checkpoint.config)
@@ -103,7 +101,8 @@ def load(
         say(f"{path} has no drafter: decoding is plain.")
     block = 1 if drafted is None else drafted.block_size
     settings = Settings(1, max_len, block, CHUNKS[-1], held.dtype)
-    plan = check_memory(partial(held.declare, checkpoint.config, drafted), mesh, settings)
+    remake = partial(held.declare, checkpoint.config, drafted)
+    plan = check_memory(remake, mesh, settings, held.ways(checkpoint))
     start = time.perf_counter()
     plan, params = held.load(plan, lambda: _load_params(checkpoint, other, plan, say))
     say(_loaded(checkpoint, plan, params, held, time.perf_counter() - start))
@@ -144,6 +143,11 @@ class _Held:
         """The model as it is loaded."""
         options = dict(layout=self.layout, packed=self.experts == "packed", fp8=self.fp8)
         return make_plan(config, drafter, mesh, dtype=self.dtype, **options)
+
+    def ways(self, checkpoint: Opened) -> tuple[str, ...]:
+        """How else its weights could take less memory."""
+        dense = isinstance(checkpoint, released.Released) and self.experts == "dense"
+        return ("hold the experts in 4 bits, which changes them: experts='mxfp4'",) * dense
 
     def load(self, plan: Plan, read: Callable[[], Any]) -> tuple[Plan, Any]:
         """Reads parameters and brings them into the form that programs take, with their plan."""
@@ -221,8 +225,8 @@ def _for_kernel(plan: Plan, params: Any, dtype: Any) -> tuple[Plan, Any]:
 def _loaded(checkpoint: Opened, plan: Plan, params: Any, held: _Held, seconds: float) -> str:
     """What was loaded, in a sentence."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    decoded = held.experts == "dequantized"
-    how = f", experts decoded from MXFP4 to {jnp.dtype(held.dtype).name}" if decoded else ""
+    kept = {"dequantized": "decoded from MXFP4 to ", "dense": ""}.get(held.experts)
+    how = "" if kept is None else f", experts {kept}{jnp.dtype(held.dtype).name}"
     platform = plan.mesh.devices.flat[0].platform
     return (
         f"Loaded {checkpoint.directory}: {checkpoint.nbytes / 1e6:.0f} MB on disk, "
@@ -276,15 +280,43 @@ def _drafter(wanted: bool | str, checkpoint: Opened) -> AnyDrafterConfig | None:
         raise MimoError(
             f"drafter={wanted!r} is not allowed: {checkpoint.directory} has "
             f"{' and '.join(map(repr, present)) or 'no drafter'}; True takes what there is, False "
-            "leaves it out, and a directory brings another."
+            "leaves it out, and a directory brings another (there is none of this name)."
         )
     return found[wanted]
 
 
-def _open(path: str | Path, drafter: bool | str | Path) -> Opened:
-    """Our checkpoints have a manifest; whatever else holds safetensors is taken as released."""
-    if not (Path(path) / store.NAME).exists() and released.is_released(path):
-        return released.open_released(path, drafter=drafter in (True, "dflash"))
+def _mesh(mesh: Any, devices: Any) -> Mesh:
+    """The mesh that is given, or one of the devices."""
+    if mesh is None:
+        return make_mesh(devices)
+    if devices is not None:
+        raise MimoError("mesh and devices are both given: one is enough.")
+    if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
+        raise MimoError(
+            f"mesh={mesh!r} is not allowed: it must be a jax.sharding.Mesh of one axis, {AXIS!r}; "
+            "devices=N makes one."
+        )
+    return mesh
+
+
+def _open(path: Any, drafter: bool | str | Path) -> Opened:
+    """Our checkpoints have a manifest; whatever else holds safetensors is taken as released.
+
+    In the folder of a training run that has ended there is one of ours.
+    """
+    if not isinstance(path, str | Path):
+        raise MimoError(f"path={path!r} is not allowed: it must be a checkpoint's directory.")
+    path = Path(path)
+    if not (path / store.NAME).exists():
+        if (path / store.FINISHED / store.NAME).exists():
+            return store.open_checkpoint(path / store.FINISHED)
+        if released.is_released(path):
+            return released.open_released(path, drafter=drafter in (True, "dflash"))
+        if (path / store.CONFIG).exists() and not (path / store.PARAMS).exists():
+            raise MimoError(
+                f"{path} has a {store.CONFIG}, but no manifest of ours and no .safetensors files: "
+                f"`mimo inspect {path}` says what a half downloaded checkpoint lacks."
+            )
     return store.open_checkpoint(path)
 
 
@@ -344,11 +376,12 @@ def _experts(experts: str, checkpoint: Opened, dtype: Any, on_cpu: bool) -> str:
     return "dequantized" if on_cpu and fits else "packed"
 
 
-def _max_len(max_len: int | None, config: ModelConfig) -> int:
+def _max_len(max_len: Any, config: ModelConfig) -> int:
     context = config.max_position_embeddings
     if max_len is None:
         return min(context, DEFAULT_MAX_LEN)
-    if isinstance(max_len, bool) or not 2 <= max_len <= context:
+    whole = isinstance(max_len, int) and not isinstance(max_len, bool)
+    if not whole or not 2 <= max_len <= context:
         raise MimoError(
             f"max_len={max_len!r} is not allowed: it must be 2 to {context}, the model's context."
         )

@@ -148,18 +148,26 @@ def make_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
       devices: how many of jax.devices(), or the devices themselves; all of them by default.
 
     Raises:
-      MimoError: if there are fewer devices than asked for.
+      MimoError: if there are fewer devices than asked for, or it is something else.
     """
     present = jax.devices()
-    if isinstance(devices, int):
-        if not 1 <= devices <= len(present):
+    if devices is None:
+        return Mesh(np.array(present), (AXIS,))
+    if isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1:
+        if devices > len(present):
             raise MimoError(
                 f"devices={devices}, but jax.devices() has {len(present)} ({present[0].platform}). "
-                "On a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
-                f"{max(devices, 1)} before jax starts."
+                f"On a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count={devices} before "
+                "jax starts."
             )
-        devices = present[:devices]
-    return Mesh(np.array(present if devices is None else list(devices)), (AXIS,))
+        return Mesh(np.array(present[:devices]), (AXIS,))
+    several = isinstance(devices, Sequence) and not isinstance(devices, str) and len(devices)
+    if not several or not all(isinstance(device, jax.Device) for device in devices):
+        raise MimoError(
+            f"devices={devices!r} is not allowed: it must be 1 to {len(present)}, or a list of "
+            "devices from jax.devices()."
+        )
+    return Mesh(np.array(devices), (AXIS,))
 
 
 def has_mail_on(mesh: AnyMesh) -> bool:

@@ -3,12 +3,15 @@
 Environment:
   MIMO_TEST_PLATFORM: "cpu" (default; eight virtual devices) or "gpu".
   MIMO_TEST_SEED: the seed of the fixture `rng`; without it each test draws a fresh one.
+  MIMO_TEST_UNTIL: seconds since 1970; tests whose turn comes later are skipped, each by its name.
+  JAX_DISABLE_MOST_OPTIMIZATIONS: 0 compiles for a CPU with LLVM's optimizations, as users do.
 """
 
 import importlib.util
 import os
 import pathlib
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -31,6 +34,10 @@ def _set_environment() -> None:
     flags = [f for f in flags if "host_platform_device_count" not in f]
     flags.append(f"--xla_force_host_platform_device_count={VIRTUAL_DEVICES}")
     os.environ["XLA_FLAGS"] = " ".join(flags)
+    if platform == "cpu":
+        # Compiling is most of the tests' time, and LLVM's optimizations are half of that. The HLO
+        # is the same.
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # Entries are not written atomically, so that processes of pytest-xdist do not share a folder.
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     folder = ROOT / ".cache" / "tests" / f"python{sys.version_info.minor}-{worker}"
@@ -78,6 +85,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture: whether there is time left to begin this test."""
+    if time.time() > float(os.environ.get("MIMO_TEST_UNTIL") or "inf"):
+        pytest.skip(f"NOT RUN, MIMO_TEST_UNTIL has passed: {item.nodeid}")
+
+
 def _fresh_generator() -> np.random.Generator:
     seed = int(os.environ.get("MIMO_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
     print(f"MIMO_TEST_SEED={seed}")
@@ -94,3 +108,17 @@ def rng() -> np.random.Generator:
 def module_rng() -> np.random.Generator:
     """A fresh generator for what a file's tests share; the first test's report shows the seed."""
     return _fresh_generator()
+
+
+@pytest.fixture
+def compiles():
+    """Counts backend compiles while a test runs."""
+    seen = []
+
+    def listen(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    seen.append(None)  # The listener stays registered: what it sees from now on is not looked at.

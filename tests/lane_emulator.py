@@ -58,8 +58,22 @@ class Pointer:
 
     def places(self, offset=0, where=None):
         """Of the threads that take part."""
-        live = np.ones(THREADS, bool) if where is None else where
+        live = _taking_part[-1] if where is None else _taking_part[-1] & where
         return [(i, int(self.at[i]) + offset) for i in np.flatnonzero(live)]
+
+
+_taking_part = [np.ones(THREADS, bool)]
+"""Threads that do not pass by, in each `when` that is open."""
+
+
+@contextlib.contextmanager
+def when(condition):
+    """Only threads for which it holds touch memory."""
+    _taking_part.append(_taking_part[-1] & condition)
+    try:
+        yield
+    finally:
+        _taking_part.pop()
 
 
 def full(value, dtype=U32):
@@ -146,6 +160,11 @@ _OPERATIONS = {
     "setp.lt.u32": lambda a, b: a < full(b),
     "setp.gt.u32": lambda a, b: a > full(b),
     "shfl.sync.bfly.b32": shuffle,
+    "min.u32": np.minimum,
+    "not.b32": lambda a: ~a,
+    "setp.eq.u32": lambda a, b: a == full(b),
+    "setp.eq.and.u32": lambda a, b, c: (a == full(b)) & c,
+    "vote.sync.all.pred": lambda a, members: np.repeat(a.reshape(-1, 32).all(1), 32),
 }
 
 
@@ -174,11 +193,18 @@ class Assembler:
         if not line or line.startswith("."):
             return
         where = None
-        if line.startswith("@p "):
-            where, line = self.names["p"], line[3:]
+        line = re.sub(r"^[A-Z]+:\s*", "", line)
+        if line.startswith("@"):
+            name, line = line[1:].split(None, 1)
+            where = ~self.names[name[1:]] if name.startswith("!") else self.names[name]
         operation, rest = line.split(None, 1)
         if operation.startswith(("mbarrier.", "bar.")):
             return
+        if operation == "bra":
+            assert not where.any(), "nobody else runs: it would wait for ever"
+            return
+        if operation.startswith("atom.add"):
+            return self.add(rest)
         if operation.startswith("mma.sync"):
             groups = [part.split(",") for part in re.findall(r"\{(.*?)\}", rest)]
             sums = mma(*([self.value(name) for name in group] for group in groups[1:]))
@@ -195,7 +221,20 @@ class Assembler:
         elif operation == "mov.b32" and target in ("a", "b"):
             values[0] = values[0].view(F32)
         with np.errstate(all="ignore"):
-            self.names[target] = _OPERATIONS[operation](*values)
+            found = _OPERATIONS[operation](*values)
+        if where is not None:
+            found = np.where(where, found, self.names[target])
+        self.names[target] = found
+
+    def add(self, rest):
+        """An atomic addition, thread after thread."""
+        target, pointer, value = (part.strip(" []") for part in rest.split(","))
+        pointer, value, old = self.value(pointer), self.value(value), np.zeros(THREADS, U32)
+        for thread, start in pointer.places():
+            word = pointer.memory.bytes[start : start + 4].view(U32)
+            old[thread] = word[0]
+            word[0] = (int(word[0]) + int(value[thread])) & 0xFFFFFFFF
+        self.names[target] = old
 
     def copy(self, operation, rest, where):
         """A bulk copy, or a prefetch, which is written down."""
@@ -279,8 +318,7 @@ def _carry(registers, per_thread, signed=None):
 
 
 def _compare(predicate, a, b):
-    assert predicate == "ult"
-    return a < b
+    return {"ult": np.less, "eq": np.equal, "ne": np.not_equal}[predicate](a, b)
 
 
 def _greater(a, b):
@@ -316,7 +354,7 @@ _MLIR = dict(
         Layout=types.SimpleNamespace(WG_SPLAT=None),
     ),
     arith=types.SimpleNamespace(
-        CmpIPredicate=types.SimpleNamespace(ult="ult"),
+        CmpIPredicate=types.SimpleNamespace(ult="ult", eq="eq", ne="ne"),
         cmpi=_compare,
         select=np.where,
         extui=lambda kind, flag: flag.astype(U32),
@@ -352,6 +390,8 @@ _MLIR = dict(
     ),
     utils=types.SimpleNamespace(
         c=_constant,
+        when=when,
+        warpgroup_barrier=lambda: None,
         thread_idx=lambda: np.arange(THREADS, dtype=U32),
         memref_ptr=lambda memory: Pointer(memory, 0),
         getelementptr=lambda pointer, at, kind: pointer.plus(at[0]),

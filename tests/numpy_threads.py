@@ -61,6 +61,14 @@ class NumpyThreads:
             return found
         return [self.where(where, a, b) for a, b in zip(found, other, strict=True)]
 
+    def load_either(self, condition, one, other, width, words, offset=0, where=None):
+        where = True if where is None else where
+        found = [
+            self.load(ref, index, width, words, chosen & where, offset=offset)
+            for (ref, index), chosen in ((one, condition), (other, ~condition))
+        ]
+        return [self.where(condition, a, b) for a, b in zip(*found, strict=True)]
+
     def store(self, ref, index, width, words, where, offset=0):
         index = index + np.int32(offset)
         live = self.active & np.asarray(where)
@@ -68,6 +76,9 @@ class NumpyThreads:
         assert np.may_share_memory(flat, ref), "a store to a copy"
         bits = np.stack([np.asarray(w).view(np.int32) for w in words], axis=1)
         flat[at[live]] = np.ascontiguousarray(bits).view(np.uint8)[live]
+
+    def touch(self, ref, index, width, where):
+        self.load(ref, index, width, 1, where)
 
     # --- lanes
 
@@ -88,6 +99,10 @@ class NumpyThreads:
 
     def exp2(self, x):
         return reg(np.exp2(np.asarray(x)).astype(np.float32))
+
+    def rsqrt(self, x):
+        with np.errstate(divide="ignore"):
+            return reg((1 / np.sqrt(np.asarray(x))).astype(np.float32))
 
     def whole(self, x):
         return reg(np.rint(np.asarray(x)).astype(np.float32))

@@ -166,6 +166,8 @@ def test_what_is_not_allowed_is_said_at_once(engine):
             list(use([{"role": "user", "content": "z" * 900}]))
     with pytest.raises(MimoError, match="every=0"):
         engine.chat_stream(SHORT, every=0)
+    with pytest.raises(MimoError, match="tools=3"):
+        engine.chat_session(tools=3)
     session = engine.chat_session()
     for message in (3, None, [], {"role": "user"}, "\ud800"):
         with pytest.raises(MimoError):
@@ -340,6 +342,11 @@ def test_the_checkpoints_template_and_defaults(directory, engine, tmp_path, scri
         assert prompt.parts == (("[system]s[user]abx[False]", False), ("<think>", True))
         decoding = mimo_jax.decode.chat.chat_options(engine, {}, 10)
         assert (decoding.temperature, decoding.top_p, decoding.max_tokens) == (0.7, 0.9, 590)
+        engine._format = other(engine.tokenizer, generation={"temperature": "hot"}, where="there")
+        words = "there/generation_config.json cannot be used: temperature='hot' is not allowed"
+        with pytest.raises(MimoError, match=words):
+            engine.chat(SHORT)
+        assert mimo_jax.decode.chat.chat_options(engine, {"temperature": 0.5}, 10).temperature
         many = other(engine.tokenizer, generation={"eos_token_id": list(range(20))})
         engine._format = many
         with pytest.raises(MimoError, match="has 20 tokens that end an answer"):

@@ -92,6 +92,30 @@ def test_bad_input_is_one_line_and_exit_1(mimo, arguments, words):
     assert last.startswith("mimo: ") and words in last and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "a", "--max-tokens", "0"], "max_tokens=0"),
+        (["generate", "a", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", ""], "The prompt is empty"),
+        (["chat", "--top-p", "2"], "top_p=2.0"),
+    ],
+)
+def test_nothing_is_loaded_for_options_that_no_model_allows(mimo, arguments, words, monkeypatch):
+    monkeypatch.setattr(mimo_jax, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, out, err = mimo(*arguments)
+    assert (code, out) == (1, "") and words in err
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("auto", True), ("whole", "whole"), ("off", False)])
+def test_kernels_by_name(mimo, name, kernel, monkeypatch):
+    given = {}
+    monkeypatch.setattr(mimo_jax, "load", lambda *_, **options: given.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mimo("generate", "a", "--kernel", name)
+    assert given["kernel"] == kernel
+
+
 def test_models_that_are_not_there(mimo, tmp_path, monkeypatch):
     code, out, err = mimo("generate", "abx", model=tmp_path / "none")
     assert (code, out) == (1, "") and "is not a directory" in err
@@ -115,6 +139,13 @@ def test_stdin_that_is_not_text(mimo):
         ["generate", "a", "--tempreature", "1"],
         ["generate", "a", "--temp", "1"],
         ["generate", "a", "--max-tokens", "many"],
+        ["eval", "--rows", "0"],
+        ["eval", "--contexts", "64", "-5"],
+        ["eval", "--rule", "mse"],
+        ["export", "a", "b", "--shard-gb", "nan"],
+        ["export", "a", "b", "--shard-gb", "0"],
+        ["plan", "mimo-nano", "--hbm-gb", "nan"],
+        ["plan", "mimo-nano", "--bandwidth-gbs", "-3"],
         ["generate", "a", "--experts", "fast"],
     ],
 )

@@ -1,14 +1,17 @@
 """Loading: what does not fit is explained, compiled programs are kept, a closed engine says so."""
 
 import dataclasses
+import re
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tiny_checkpoint import checkpoint, write_tokenizer  # noqa: F401
+from tiny_checkpoint import CONFIG, checkpoint, write_tokenizer  # noqa: F401
 
 import mimo_jax
+from mimo_jax import loading, sharding
 from mimo_jax.checkpoint import store
 from mimo_jax.compilation import use_compilation_cache
 from mimo_jax.errors import MimoError
@@ -32,6 +35,30 @@ from mimo_jax.errors import MimoError
 def test_loading_that_is_not_allowed(checkpoint, options, match):  # noqa: F811
     with pytest.raises(MimoError, match=match):
         mimo_jax.load(checkpoint, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: sharding.make_mesh("8"), "devices='8' is not allowed: it must be 1 to 8, or"),
+        (lambda: sharding.make_mesh([]), r"devices=\[\]"),
+        (lambda: sharding.make_mesh(True), "devices=True"),
+        (lambda: sharding.make_mesh(-1), "devices=-1 is not allowed"),
+        (lambda: loading._mesh(3, None), "mesh=3 is not allowed"),
+        (lambda: loading._mesh(jax.make_mesh((2,), ("x",)), None), "of one axis, 'model'"),
+        (lambda: loading._open(None, True), "path=None is not allowed"),
+    ],
+)
+def test_arguments_of_other_types(call, match):
+    with pytest.raises(MimoError, match=match):
+        call()
+
+
+@pytest.mark.parametrize("max_len", [64.0, "64", True, np.float32(64)])
+def test_what_is_no_length(max_len):
+    """Past the type checks that only tests have."""
+    with pytest.raises(MimoError, match=f"max_len={re.escape(repr(max_len))} is not allowed"):
+        loading._max_len(max_len, CONFIG)
 
 
 def test_a_tokenizer_of_another_model(checkpoint, tmp_path):  # noqa: F811
@@ -83,3 +110,13 @@ def test_public_names_are_there():
         assert getattr(mimo_jax, name) is not None and name in dir(mimo_jax)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = mimo_jax.lode
+
+
+def test_a_runs_folder_and_half_a_download(checkpoint, tmp_path):  # noqa: F811
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint")
+    with mimo_jax.load(tmp_path / "run", devices=1, progress=False) as engine:
+        assert engine.generate("abx", max_tokens=3).tokens
+    (tmp_path / "half").mkdir()
+    shutil.copy(checkpoint / "config.json", tmp_path / "half")
+    with pytest.raises(MimoError, match=r"no .safetensors files: `mimo inspect .*half` says"):
+        mimo_jax.load(tmp_path / "half")

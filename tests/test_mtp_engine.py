@@ -23,6 +23,7 @@ from mimo_jax.drafter_config import MTPConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.model.mtp import MTP
 from mimo_jax.sharding import make_mesh
+from mimo_jax.train.export import save_with_drafter, stored_part
 
 MTP_CONFIG = MTPConfig(CONFIG, 3, hidden_normed=True)
 BLOCK = 4
@@ -59,6 +60,23 @@ def saved(tmp_path_factory):
         tokenizer=folder / "source-tokenizer.json",
     )
     return folder / "model", folder / "without", flatten(layers)
+
+
+def test_a_new_drafter_leaves_the_rest_of_the_checkpoint(saved, tmp_path):
+    """Trained for a target with MTP layers and a template: both are in what is written."""
+    before = store.open_checkpoint(saved[1])
+    source = dataclasses.replace(
+        before, directory=pathlib.Path(shutil.copytree(saved[1], tmp_path / "source"))
+    )
+    (source.directory / "generation_config.json").write_text('{"temperature": 0.6}')
+    _, params = random_params(write_tokenizer(tmp_path / "tokenizer.json"), 1)
+    options = (DRAFTER, params, jnp.float32, before.tokenizer, {})
+    after = store.open_checkpoint(save_with_drafter(tmp_path / "new", source, *options))
+    assert after.drafter == DRAFTER and after.mtp == before.mtp == MTP_CONFIG
+    for part in ("target", "mtp"):
+        found, right = (stored_part(opened, part) for opened in (after, before))
+        jax.tree.map(np.testing.assert_array_equal, found, right)
+    assert "generation_config.json" in after.manifest.files
 
 
 @pytest.mark.parametrize("devices", [1, 8])

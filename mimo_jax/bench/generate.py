@@ -36,13 +36,16 @@ def read_prompts(path: Path, count: int) -> list[str]:
     """The first `count` prompts of a JSONL file.
 
     Raises:
-      MimoError: if there are fewer.
+      MimoError: if there are fewer, or one has no text.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise MimoError(f"{path} does not exist: give --prompts, a JSONL file of texts.") from None
-    prompts = [json.loads(line)["text"] for line in lines[:count]]
+    try:
+        prompts = [json.loads(line)["text"] for line in lines[:count]]
+    except (ValueError, KeyError, TypeError):
+        raise MimoError(f"{path} has a line that is no object with a text.") from None
     if len(prompts) < count:
         raise MimoError(f"{path} has {len(prompts)} prompts, and --count={count}: give fewer.")
     return prompts
@@ -117,6 +120,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     same = sum(a.tokens == b.tokens for a, b in zip(plain, greedy, strict=False))
     result["identical_to_plain"] = f"{same}/{len(plain)}"
     timed = prompts[: max(1, len(prompts) // 5)]
+    result["timed_prompts"] = len(timed)
     result["speed_dflash"] = speed(engine, timed, budget, options.repeats)
     result["speed_dflash_sampled"] = speed(engine, timed, budget | SAMPLED, options.repeats)
     engine.close()
@@ -128,7 +132,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables and its JSON line."""
     result = run(options)
     if not options.json:
@@ -142,5 +146,7 @@ def main(options: argparse.Namespace) -> None:
             for name, value in result.items()
             if name.startswith("speed_")
         ]
-        print_table(f"Speed on {result['device']}", ("", "tokens/s", "spread"), speeds)
+        title = f"Speed on {result['device']}, {result['timed_prompts']} prompts"
+        print_table(title, ("", "tokens/s", "spread"), speeds)
     print_json(result)
+    return 0

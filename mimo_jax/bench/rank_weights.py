@@ -79,7 +79,7 @@ def _recipe(part: str, path: tuple, leaf: Any, cuts: list) -> tuple:
         return ("constant", 0) if name == "barrier" else (kind,)
     if name == "bias":
         return "constant", 0
-    if name == "weight" and "router" not in path:
+    if name == "context_norms" or name == "weight" and "router" not in path:
         return "constant", 1
     columns = leaf.shape[-1] * (fp8.TILE if name.endswith("_scale") else 1)
     quiet = target and name.removesuffix("_scale") in ("output", "down")

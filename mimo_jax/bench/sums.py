@@ -7,6 +7,7 @@ GPUs that wait for each other can wait for ever.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -35,8 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Runs the benchmark and prints its table and its JSON line."""
-    signal.signal(signal.SIGALRM, _over)
-    signal.alarm(options.total_s)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
     jobs = _jobs(options)
@@ -45,12 +44,11 @@ def main(options: argparse.Namespace) -> int:
         path = options.out or Path(folder) / "results.jsonl"
         path.unlink(missing_ok=True)
         try:
-            kernels.supervise(jobs, path, seed, options.limit_s)
+            with _within(options.total_s):
+                kernels.supervise(jobs, path, seed, options.limit_s)
         except TimeoutError as error:
             late = True
             print(error, file=sys.stderr)
-        finally:
-            signal.alarm(0)
         results = read(path)
     found = {"check": [], "time": []}
     for number, result in results:
@@ -86,6 +84,18 @@ def _machine() -> dict[str, Any]:
         ["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=20, check=False
     )
     return {**environment(), "links": links.stdout.splitlines()[:9]}
+
+
+@contextlib.contextmanager
+def _within(seconds: int):
+    """Raises TimeoutError in its block when the time is up; leaves no alarm behind."""
+    before = signal.signal(signal.SIGALRM, _over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _over(*_):

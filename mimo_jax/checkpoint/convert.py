@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.checkpoint.assemble import SCALE
-from mimo_jax.checkpoint.layout import FP8, MXFP4
+from mimo_jax.checkpoint.layout import DRAFTER_FOLDER, FP8, MASK_EMBEDDING, MXFP4, TILE
 from mimo_jax.checkpoint.manifest import (
     NAME,
     PARAMS,
@@ -36,9 +36,24 @@ from mimo_jax.checkpoint.manifest import (
     write_atomically,
 )
 from mimo_jax.checkpoint.released import Released, open_released
-from mimo_jax.checkpoint.safetensors import DTYPES
-from mimo_jax.checkpoint.store import CONFIG, DRAFTER, MTP, TOKENIZER, check_entries, to_json
-from mimo_jax.checkpoint.tree import TEMPORARY, differing, settle, trim, write_tree
+from mimo_jax.checkpoint.safetensors import DTYPES, INDEX
+from mimo_jax.checkpoint.store import (
+    CARRIED,
+    CONFIG,
+    DRAFTER,
+    MTP,
+    TOKENIZER,
+    check_entries,
+    to_json,
+)
+from mimo_jax.checkpoint.tree import (
+    TEMPORARY,
+    differing,
+    map_large_blocks,
+    settle,
+    trim,
+    write_tree,
+)
 from mimo_jax.drafter_config import AnyDrafterConfig, MTPConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.json_files import read_json
@@ -50,18 +65,10 @@ from mimo_jax.sharding import RULES, ShapesOnly
 STATE, JOB = "conversion", "job.json"
 """Folder in the destination, and file in it, that a conversion is gone on with."""
 
-CARRIED = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 EXPERTS, LINEAR = ("auto", "mxfp4", "bfloat16"), ("auto", "bfloat16")
 PIECE_BYTES = 1 << 23
 """What a thread makes of an array at a time."""
 
-TILE = 128
 THREADS = min(8, os.cpu_count() or 1)
 ALIGNMENT = 64
 """JAX takes arrays as they are, and does not copy them, if they begin at multiples of this."""
@@ -131,6 +138,7 @@ def convert(
       MimoError: if the source is damaged or of no known layout, the destination holds something
         else or has no room, or what was written does not read back.
     """
+    map_large_blocks()
     source, destination = Path(source), Path(destination)
     job = _Job(open_released(source), destination, choices or Choices())
     for note in job.released.notes:
@@ -233,15 +241,14 @@ class _Job:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a conversion to go on: source, choices and arrays."""
-        files = self.released.files
-        stored = [(t.name, t.dtype, t.shape, t.path.name, t.offset) for t in files.tensors.values()]
-        if self.released.drafter_files is not None:
-            stored += [
-                (t.name, t.dtype, t.shape, t.path.name, t.offset)
-                for t in self.released.drafter_files.tensors.values()
-            ]
-        paths = sorted(p for p in self.released.directory.rglob("*") if p.is_file())
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        opened = [f for f in (self.released.files, self.released.drafter_files) if f is not None]
+        tensors = [tensor for files in opened for tensor in files.tensors.values()]
+        stored = [(t.name, t.dtype, t.shape, t.path.name, t.offset) for t in tensors]
+        # What is read, and nothing that may lie beside it.
+        small = (CONFIG, INDEX, TOKENIZER, *CARRIED, DRAFTER_FOLDER + CONFIG, MASK_EMBEDDING)
+        paths = {t.path for t in tensors} | {self.released.directory / name for name in small}
+        found = [(path, path.stat()) for path in sorted(paths) if path.is_file()]
+        stats = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in found]
         return {
             "choices": dataclasses.asdict(self.choices),
             "source": hash_bytes(json.dumps([stored, stats]).encode()),
@@ -323,7 +330,7 @@ class _Job:
         if self.mtp is not None:
             files[MTP] = to_json(self.mtp.to_dict())
         source = self.released.directory
-        carried = (name for name in CARRIED if (source / name).is_file())
+        carried = (name for name in (TOKENIZER, *CARRIED) if (source / name).is_file())
         files |= {name: (source / name).read_bytes() for name in carried}
         for name, data in files.items():
             write_atomically(self.destination / name, data)

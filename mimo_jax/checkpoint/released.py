@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mimo_jax.checkpoint.assemble import Assembler, Index
+from mimo_jax.checkpoint.flat import by_name, of_names
 from mimo_jax.checkpoint.layout import (
     DRAFTER_FOLDER,
     FP8,
@@ -256,14 +257,7 @@ def load(
     Raises:
       MimoError: naming the tensor that is damaged, or stored in another order of rows.
     """
-    wanted = {
-        f"{part}.{'.'.join(map(str, path))}": (variable, _sharding(sharding))
-        for part, state, placed in zip(parts, params, shardings, strict=True)
-        if state is not None
-        for (path, variable), (_, sharding) in zip(
-            nnx.to_flat_state(state), nnx.to_flat_state(placed), strict=True
-        )
-    }
+    wanted = by_name(parts, params, shardings)
     shards = max(len(sharding.device_set) for _, sharding in wanted.values())
     assembler = checkpoint.assembler(shards)
     sizes = {name: assembler.nbytes(name) for name in wanted if name in assembler.table}
@@ -275,18 +269,7 @@ def load(
             checkpoint.release(assembler.tensors(name))
             done += sizes[name]
             progress(done, sum(sizes.values()))
-    states = [
-        None
-        if state is None
-        else nnx.from_flat_state(
-            [
-                (path, placed[f"{part}.{'.'.join(map(str, path))}"])
-                for path, _ in nnx.to_flat_state(state)
-            ]
-        )
-        for part, state in zip(parts, params, strict=True)
-    ]
-    return states[0], states[1]
+    return of_names(parts, params, placed)
 
 
 def _place(assembler: Assembler, name: str, variable: Any, sharding: NamedSharding) -> jax.Array:
@@ -370,7 +353,3 @@ def _with_ends(config: ModelConfig, directory: Path) -> ModelConfig:
     if any(type(i) is not int or not 0 <= i < config.vocab_size for i in ids):
         raise MimoError(f"{path} has eos_token_id={eos!r}: it must be tokens of the vocabulary.")
     return dataclasses.replace(config, eos_token_ids=ids)
-
-
-def _sharding(placed: Any) -> NamedSharding:
-    return placed.get_value() if isinstance(placed, nnx.Variable) else placed

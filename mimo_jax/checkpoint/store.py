@@ -28,9 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
-from mimo_jax.checkpoint.flat import flatten
+from mimo_jax.checkpoint.flat import by_name, flatten, of_names
 from mimo_jax.checkpoint.manifest import (
     AGAIN,
     CODES,
@@ -43,7 +42,7 @@ from mimo_jax.checkpoint.manifest import (
     hash_bytes,
     write_atomically,
 )
-from mimo_jax.checkpoint.tree import open_array, write_tree
+from mimo_jax.checkpoint.tree import open_array, settle, write_tree
 from mimo_jax.config import SLIDING, AttentionConfig, ModelConfig
 from mimo_jax.drafter_config import AnyDrafterConfig, DrafterConfig, MTPConfig
 from mimo_jax.errors import MimoError
@@ -53,9 +52,18 @@ from mimo_jax.model.drafters import make_drafter
 from mimo_jax.model.mimo import MiMo
 from mimo_jax.quant import fp8, mxfp4
 from mimo_jax.sharding import ShapesOnly
-from pallas_kernels.mxfp4 import decode
 
 CONFIG, DRAFTER, MTP, TOKENIZER = "config.json", "drafter.json", "mtp.json", "tokenizer.json"
+CARRIED = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""What else a model's directory says on its conversations."""
+FINISHED = "checkpoint"
+"""In the folder of a training run: the checkpoint that it ended with."""
+
 SCALE = "_scale"
 BATCH_BYTES = 1 << 28
 """Bytes read at a time: what reading needs of host memory, however large the checkpoint is."""
@@ -111,13 +119,16 @@ def save(
     mtp_config: MTPConfig | None = None,
     mtp_params: Any = None,
     tokenizer: str | Path | None = None,
+    carried: str | Path | None = None,
     notes: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Writes a checkpoint; without its manifest, which comes last, it does not count as one.
 
+    One that is replaced stays what it was until the new parameters are on the disk.
+
     Args:
-      directory: to write to; other files in it stay.
+      directory: to write to; files in it that are of no checkpoint stay.
       config: of the target.
       params: the target's parameters: an nnx.State or nested dicts of arrays, as one device has
         them (MiMo with shards=1). Experts may be MXFP4 or dense.
@@ -126,6 +137,7 @@ def save(
       mtp_config: of the target's MTP layers, or None.
       mtp_params: likewise.
       tokenizer: a tokenizer.json to copy.
+      carried: a model's directory, whose chat template and generation_config.json go along.
       notes: remarks for the manifest; JSON.
       overwrite: replace a checkpoint that is there already.
 
@@ -134,7 +146,8 @@ def save(
         there is a checkpoint already.
     """
     directory = Path(directory)
-    if (directory / NAME).exists() and not overwrite:
+    replaced = (directory / NAME).exists()
+    if replaced and not overwrite:
         raise MimoError(
             f"{directory} holds a checkpoint already: pass overwrite=True or choose another."
         )
@@ -156,16 +169,24 @@ def save(
         files[MTP] = to_json(mtp_config.to_dict())
     if tokenizer is not None:
         files[TOKENIZER] = Path(tokenizer).read_bytes()
-    manifest = Manifest(entries, {k: hash_bytes(v) for k, v in files.items()}, notes or {})
+    if carried is not None:
+        found = [path for path in (Path(carried) / name for name in CARRIED) if path.is_file()]
+        files |= {path.name: path.read_bytes() for path in found}
     directory.mkdir(parents=True, exist_ok=True)
+    fresh = directory / f"{PARAMS}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    write_tree(fresh, arrays)
+    settle(fresh)
+    blobs = describe_blobs(fresh)
     (directory / NAME).unlink(missing_ok=True)
-    for name in {DRAFTER, MTP} - files.keys():
+    for name in {DRAFTER, MTP, TOKENIZER, *CARRIED} - files.keys() if replaced else ():
         (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / PARAMS, ignore_errors=True)
+    fresh.rename(directory / PARAMS)
     for name, data in files.items():
         write_atomically(directory / name, data)
-    shutil.rmtree(directory / PARAMS, ignore_errors=True)
-    write_tree(directory / PARAMS, arrays)
-    manifest = dataclasses.replace(manifest, blobs=describe_blobs(directory / PARAMS))
+    hashes = {name: hash_bytes(data) for name, data in files.items()}
+    manifest = Manifest(entries, hashes, notes or {}, blobs)
     manifest.write(directory)
     return manifest
 
@@ -203,9 +224,9 @@ def load(
 ) -> tuple[nnx.State, nnx.State | None]:
     """Reads parameters onto a mesh, each checked against its hash before anything uses it.
 
-    At most `BATCH_BYTES` (or one array, if it is larger) are in host memory at a time. What the
-    abstract parameters ask for is made on the way: other float dtypes, repeated key/value heads for
-    more devices than heads, plain weights out of MXFP4 and FP8.
+    At most `BATCH_BYTES` (or one array, if it is larger) are in host memory at a time, and what is
+    made of one of these arrays: other float dtypes, repeated key/value heads for more devices than
+    heads, plain weights out of MXFP4 and FP8, as the abstract parameters ask for.
 
     Args:
       checkpoint: from `open_checkpoint`.
@@ -221,14 +242,7 @@ def load(
     Raises:
       MimoError: naming the array that is missing or damaged.
     """
-    wanted = {
-        f"{part}.{'.'.join(map(str, path))}": (variable, sharding)
-        for part, state, placed in zip(parts, params, shardings, strict=True)
-        if state is not None
-        for (path, variable), (_, sharding) in zip(
-            nnx.to_flat_state(state), nnx.to_flat_state(placed), strict=True
-        )
-    }
+    wanted = by_name(parts, params, shardings)
     # Scales of weights that are decoded here are read, but have no place of their own.
     dense = {name + SCALE for name in wanted if name + SCALE in checkpoint.manifest.arrays}
     names = [n for n in checkpoint.manifest.arrays if n in wanted or n in dense]
@@ -243,18 +257,10 @@ def load(
         for name in (n for n in batch if n in wanted):
             variable, sharding = wanted[name]
             value = _convert(name, arrays, variable, checkpoint)
-            placed[name] = variable.replace(jax.device_put(value, _sharding(sharding)))
+            placed[name] = variable.replace(jax.device_put(value, sharding))
         done += sum(array.nbytes for array in arrays.values())
         progress(done, total)
-    states = []
-    for part, state in zip(parts, params, strict=True):
-        if state is not None:
-            paths = [path for path, _ in nnx.to_flat_state(state)]
-            state = nnx.from_flat_state(
-                [(path, placed[f"{part}.{'.'.join(map(str, path))}"]) for path in paths]
-            )
-        states.append(state)
-    return states[0], states[1]
+    return of_names(parts, params, placed)
 
 
 def _convert(name: str, arrays, variable, checkpoint: Checkpoint) -> jax.Array | np.ndarray:
@@ -270,7 +276,7 @@ def _convert(name: str, arrays, variable, checkpoint: Checkpoint) -> jax.Array |
             f"{variable.dtype}{list(variable.shape)}: what is stored dense loads with "
             'experts="dequantized", not "packed", and linear="decoded", not "fp8".'
         )
-    return value.astype(variable.dtype)
+    return value.astype(variable.dtype, copy=False)
 
 
 def _regroup(name: str, value: np.ndarray, groups: int, checkpoint: Checkpoint) -> np.ndarray:
@@ -296,13 +302,10 @@ def _attention(name: str, checkpoint: Checkpoint) -> AttentionConfig:
 def decode_weights(name: str, codes, scales, dtype, checkpoint: Checkpoint) -> np.ndarray:
     """Values of MXFP4 or FP8 weights, given the codes of that name and their scales."""
     if codes.dtype == np.uint8:
-        return np.asarray(_decode_mxfp4(codes, scales, dtype=dtype))
+        return mxfp4.dequantize_on_host(codes, scales, np.dtype(dtype))
     fused = name.endswith(".qkv")
     unit = _attention(name, checkpoint).scale_unit if fused else fp8.TILE
     return fp8.decode_on_host(codes, scales, unit, dtype)
-
-
-_decode_mxfp4 = jax.jit(decode, static_argnames="dtype")
 
 
 def read(checkpoint: Checkpoint, names: list[str]) -> dict[str, np.ndarray]:
@@ -404,10 +407,6 @@ def _has_fp8(names: Iterable[str], part: str) -> bool:
 def _abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> list[tuple[str, nnx.Variable]]:
     state = nnx.state(nnx.eval_shape(lambda: build(ShapesOnly())))
     return [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
-
-
-def _sharding(placed: Any) -> NamedSharding:
-    return placed.get_value() if isinstance(placed, nnx.Variable) else placed
 
 
 def to_json(value: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.commands.model import add_model_arguments, load_model
+from mimo_jax.commands.model import add_model_arguments, check_answer, load_model
 from mimo_jax.errors import MimoError
 
 HELP = """\
@@ -49,13 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Runs `mimo chat`: 0 at the end of the input, 1 if a piped conversation met an error."""
-    engine = load_model(options)
-    session = engine.chat_session(system=options.system, thinking=not options.no_thinking)
     names = ("max_tokens", "temperature", "top_p", "top_k")
     choices: dict[str, Any] = {
         name: getattr(options, name) for name in names if getattr(options, name) is not None
     }
     choices |= {"seed": options.seed, "speculative": not options.no_spec}
+    check_answer(choices)
+    engine = load_model(options)
+    session = engine.chat_session(system=options.system, thinking=not options.no_thinking)
     screen = Screen(sys.stdout, sys.stderr, options.hide_reasoning)
     talk = Talk(session, choices, screen, options.system)
     try:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.commands.model import DEFAULT_MODEL
+from mimo_jax.commands.model import DEFAULT_MODEL, at_least
 
 EPILOG = """\
 examples:
@@ -43,32 +43,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as they are stored (default), or made MXFP4 here: on held-out text alone",
     )  # fmt: skip
     parser.add_argument(
-        "--rule", choices=RULES, default="floor",
+        "--rule", choices=RULES,
         help="--experts mxfp4: how a block's shared exponent is chosen (default floor, OCP's)",
     )  # fmt: skip
     text = parser.add_argument_group("held-out text")
     text.add_argument(
         "--text", nargs="+", default=[], metavar="FILE", help="default: the model's heldout.txt.xz"
     )
-    text.add_argument("--rows", type=int, default=128, help="rows of it, at most (default 128)")
     text.add_argument(
-        "--length", type=int, default=2048, help="tokens of a row, at most (default 2048)"
+        "--rows", type=at_least(1), default=128, help="rows of it, at most (default 128)"
+    )
+    text.add_argument(
+        "--length", type=at_least(2), default=2048, help="tokens of a row, at most (default 2048)"
     )
     accept = parser.add_argument_group("acceptance")
     accept.add_argument(
         "--prompts", nargs="+", default=[], metavar="FILE",
         help="JSONL with a text, and a domain, a line; default: the model's heldout_prompts.jsonl",
     )  # fmt: skip
-    accept.add_argument("--count", type=int, default=100, help="prompts (default 100)")
-    accept.add_argument("--max-tokens", type=int, default=256, help="of an answer (default 256)")
+    accept.add_argument("--count", type=at_least(1), default=100, help="prompts (default 100)")
+    accept.add_argument(
+        "--max-tokens", type=at_least(1), default=256, help="of an answer (default 256)"
+    )
     accept.add_argument(
         "--temperatures", nargs="+", type=float, default=[0.0], help="0, the default, is greedy"
     )
     accept.add_argument(
-        "--contexts", nargs="*", type=int, default=[], metavar="N",
+        "--contexts", nargs="*", type=at_least(1), default=[], metavar="N",
         help="also prompts of N tokens cut out of the text",
     )  # fmt: skip
-    parser.add_argument("--devices", type=int, default=1, help="to divide over (default 1)")
+    parser.add_argument("--devices", type=at_least(1), default=1, help="to divide over (default 1)")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
 
 
@@ -90,10 +94,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from mimo_jax.bench.evaluate import acceptance_report, read_prompts, text_quality
     from mimo_jax.train.start import find_checkpoint
 
+    if options.rule and options.experts != "mxfp4":
+        options.usage_error(f"--rule {options.rule} is of use with --experts mxfp4 alone")
     folder = find_checkpoint(options.model)
     texts = options.text or _shipped(folder, "heldout.txt.xz")
     files = options.prompts or _shipped(folder, "heldout_prompts.jsonl")
-    rule = options.rule if options.experts == "mxfp4" else None
+    rule = (options.rule or RULES[0]) if options.experts == "mxfp4" else None
     result: dict[str, Any] = {"experts": options.experts} | ({"rule": rule} if rule else {})
     if texts:
         quality = {"rows": options.rows, "length": options.length, "devices": options.devices}

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from mimo_jax.commands.model import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
@@ -12,11 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DST", help="new directory to write to")
     parser.add_argument(
         "--layout",
+        choices=("v2-flash", "v2.6"),
         default="v2-flash",
         help="v2-flash, which transformers reads (default), or v2.6, with MXFP4 and the drafter",
     )
     parser.add_argument(
-        "--shard-gb", type=float, default=5.0, help="size of a file in GB (default 5)"
+        "--shard-gb", type=positive, default=5.0, help="size of a file in GB (default 5)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.epilog = "example: mimo export checkpoints/mimo-nano nano-hf --layout v2-flash"
@@ -32,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
             options.source,
             options.directory,
             options.layout,
-            shard_bytes=int(options.shard_gb * 1e9),
+            shard_bytes=max(1, int(options.shard_gb * 1e9)),
             progress=progress,
         )
     for part in exported.left_out:

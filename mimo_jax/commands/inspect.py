@@ -1,4 +1,7 @@
-"""Say what a checkpoint's directory holds: ours or a released one, whole or half downloaded."""
+"""Say what a checkpoint's directory holds: ours or a released one, whole or half downloaded.
+
+The exit code is 1 if it is not complete.
+"""
 
 import argparse
 import json
@@ -18,4 +21,4 @@ def main(options: argparse.Namespace) -> int:
 
     found = inspect(options.directory)
     print(json.dumps(found.to_dict()) if options.json else found)
-    return 0
+    return 0 if found.complete else 1

@@ -1,8 +1,10 @@
 """What commands that load a model share: their options, and the loading itself."""
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mimo_jax
 from mimo_jax.errors import MimoError
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = Path("checkpoints/mimo-nano")
 DRAFTERS: dict[str, bool | str] = {"auto": True, "dflash": "dflash", "mtp": "mtp", "none": False}
-"""Values of --drafter, and what they mean to `mimo_jax.load`."""
+KERNELS: dict[str, bool | str] = {"auto": True, "whole": "whole", "off": False}
+"""Values of --drafter and of --kernel, and what they mean to `mimo_jax.load`."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +41,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--linear",
         choices=("auto", "decoded", "fp8"),
         default="auto",
-        help="FP8 weights decoded once, or at each use: less memory; auto (default): so on GPUs",
+        help="FP8 weights decoded once, or at each use: less memory; auto (default): so where the "
+        "kernels run",
     )
     group.add_argument(
         "--o-proj",
@@ -51,6 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DRAFTERS),
         default="auto",
         help="the DFlash drafter, or the MTP layers; auto (default) takes the first that there is",
+    )
+    group.add_argument(
+        "--kernel",
+        choices=tuple(KERNELS),
+        default="auto",
+        help="on Hopper GPUs, this package's kernels (auto, default), also a window layer's "
+        "attention in one launch (whole), or XLA's programs alone (off)",
     )
     group.add_argument("--max-len", type=int, metavar="N", help="tokens that the cache holds")
 
@@ -75,4 +86,43 @@ def load_model(options: argparse.Namespace) -> "Engine":
         experts=options.experts,
         linear=options.linear,
         o_proj=options.o_proj,
+        kernel=KERNELS[options.kernel],
     )
+
+
+def check_answer(choices: dict[str, Any]) -> None:
+    """Refuses options of an answer that no model allows, before one is loaded.
+
+    Raises:
+      MimoError: as `mimo_jax.decode.options.Options.check`.
+    """
+    from mimo_jax.decode.options import Options
+
+    most = 2**31 - 1  # For those whose limit is the model's.
+    Options.check(most, most, choices)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads an option that is a whole number, not below another."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number, {least} or more")
+        return value
+
+    return read
+
+
+def positive(text: str) -> float:
+    """Reads an option that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 
+from mimo_jax.commands.model import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
@@ -11,12 +13,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("devices")
     group.add_argument("--devices", type=int, default=8, metavar="N", help="how many (default 8)")
     group.add_argument(
-        "--hbm-gb", type=float, default=141, help="memory of each, in 10^9 bytes (default 141)"
+        "--hbm-gb", type=positive, default=141, help="memory of each, in 10^9 bytes (default 141)"
     )
     group.add_argument(
-        "--bandwidth-gbs", type=float, default=4800, help="of each, in GB/s (default 4800)"
+        "--bandwidth-gbs", type=positive, default=4800, help="of each, in GB/s (default 4800)"
     )
-    group.add_argument("--layout", default="tensor", help="tensor (default) or expert")
+    group.add_argument(
+        "--layout",
+        choices=("tensor", "expert"),
+        default="tensor",
+        help="cut every expert (default), or give each device whole ones",
+    )
+    group.add_argument(
+        "--experts",
+        choices=("auto", "mxfp4"),
+        default="auto",
+        help="as `mimo_jax.load` holds them: FP8 as bfloat16 (auto), or in MXFP4",
+    )
     use = parser.add_argument_group("use")
     use.add_argument(
         "--max-len", type=int, default=131072, metavar="N", help="tokens a sequence (131072)"
@@ -44,6 +57,7 @@ def main(options: argparse.Namespace) -> int:
         batch=options.batch,
         block=options.block,
         layout=options.layout,
+        experts=options.experts,
         memory=options.hbm_gb * 1e9,
         bandwidth=options.bandwidth_gbs * 1e9,
     )

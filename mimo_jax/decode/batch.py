@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mimo_jax.decode.options import Options
-from mimo_jax.decode.output import Output, Stats
+from mimo_jax.decode.output import Output, Piece, Stats
 from mimo_jax.decode.state import State
 from mimo_jax.errors import MimoError
 from mimo_jax.text.tokenizer import Detokenizer
@@ -36,11 +37,14 @@ class Decoding:
         self.state: State | None = engine._take(batch)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.done = np.zeros(batch, bool)
+        # Rows that the caches have: of what was appended, none before a launch has read it.
+        self.cached = np.zeros(batch, np.int32)
+        engine._decodings.add(self)
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens present in each sequence."""
-        return np.array([len(tokens) for tokens in self.tokens], np.int32)
+        return _lengths(self.tokens)
 
     @property
     def over(self) -> bool:
@@ -50,53 +54,65 @@ class Decoding:
     def append(self, prompts: list[list[int]], options: Options) -> None:
         """Adds a prompt to each sequence, for an answer with these options."""
         self.engine._check_open()
-        if self.state is None:
-            raise MimoError("The last answer was interrupted and its caches are lost: start anew.")
         max_len = self.engine.max_len
         for tokens, prompt in zip(self.tokens, prompts, strict=True):
-            if len(tokens) + len(prompt) >= max_len:
-                before = f" after the {len(tokens)} that the session holds" if tokens else ""
-                raise MimoError(
-                    f"The prompt has {len(prompt)} tokens{before}; the cache holds {max_len}, one "
-                    "of them for the answer. Shorten it, or load with a larger max_len."
-                )
-        cached = np.maximum(self.lengths - 1, 0)
-        for tokens, prompt in zip(self.tokens, prompts, strict=True):
-            tokens += prompt
-        self.options, self.starts = options, self.lengths
+            check_room(max_len, len(prompt), held=len(tokens))
+        tokens = [own + prompt for own, prompt in zip(self.tokens, prompts, strict=True)]
+        starts = _lengths(tokens)
+        if self.state is None:
+            # A launch was interrupted, and the caches were lost with it: all is read anew.
+            self.state, self.cached = self.engine._take(len(tokens)), np.zeros_like(self.cached)
+        self.state = self._uploaded(tokens, starts)
+        self.tokens, self.starts, self.options = tokens, starts, options
         self.prompt_tokens = [len(prompt) for prompt in prompts]
-        self.wanted = self.starts.astype(np.int64) + options.max_tokens
+        self.wanted = starts.astype(np.int64) + options.max_tokens
         self.limits = np.minimum(self.wanted, max_len).astype(np.int32)
         self.done = np.zeros_like(self.done)
-        longest = int((self.starts - 1 - cached).max())
+        longest = int((starts - 1 - self.cached).max())
         self.chunk = next((c for c in CHUNKS if longest <= c), CHUNKS[-1])
         self.compile_s = self.wall_s = 0.0
         self.ttft_s: float | None = None
-        self._upload(cached)
 
-    def _upload(self, cached: np.ndarray) -> None:
-        """Puts tokens and counters on the devices; the caches stay there as they are.
+    def _uploaded(self, tokens: list[list[int]], starts: np.ndarray) -> State:
+        """The state with tokens and counters as they are now; the caches stay where they are.
 
         Rows that an earlier sequence left are not seen: a row's position follows from `cached`.
         """
         state = self.state
         rows = np.zeros(state.tokens.shape, np.int32)
-        for row, tokens in zip(rows, self.tokens, strict=True):
-            row[: len(tokens)] = tokens
+        for row, own in zip(rows, tokens, strict=True):
+            row[: len(own)] = own
         fields = {
             "tokens": rows,
-            "length": self.starts,
-            "cached": cached.astype(np.int32),
-            "done": self.done,
+            "length": starts,
+            "cached": self.cached.copy(),
+            "done": np.zeros_like(self.done),
             "round_of": np.full(state.round_of.shape, -1, np.int32),
             "histogram": np.zeros(state.histogram.shape, np.int32),
         }
         places: dict[str, NamedSharding] = {name: getattr(state, name).sharding for name in fields}
-        self.state = dataclasses.replace(state, **jax.device_put(fields, places))
+        return dataclasses.replace(state, **jax.device_put(fields, places))
+
+    def after(self, every: int) -> np.ndarray:
+        """Lengths at which to pause when each sequence has so many more tokens."""
+        return np.minimum(self.lengths + min(every, self.engine.max_len), self.limits)
 
     def advance(self, pauses: np.ndarray) -> None:
-        """Decodes until each sequence is over or has at least that length: one launch."""
+        """Decodes until each sequence is over or has at least that length: one launch.
+
+        If it fails before anything was emitted, nothing was appended.
+        """
+        try:
+            self._launch(pauses)
+        except BaseException:  # Ctrl-C while it compiles, too.
+            if (self.lengths == self.starts).all():
+                before = zip(self.tokens, self.prompt_tokens, strict=True)
+                self.tokens = [tokens[: len(tokens) - count] for tokens, count in before]
+            raise
+
+    def _launch(self, pauses: np.ndarray) -> None:
         engine = self.engine
+        engine._check_open()
         request = self.options.request(self.limits, pauses, self.eos_ids, engine._plan.mesh)
         batch = len(self.tokens)
         program, seconds = engine._program(batch, self.chunk, self.state, request)
@@ -109,11 +125,26 @@ class Decoding:
             (state.tokens, state.length, state.done, state.histogram, state.round_of)
         )
         self.wall_s += time.perf_counter() - start
-        self.state = state
+        self.state, self.cached = state, lengths - 1
         self.ttft_s = self.wall_s if self.ttft_s is None else self.ttft_s
         self.tokens = [
             row[:length].tolist() for row, length in zip(rows, lengths.tolist(), strict=True)
         ]
+
+    def pieces(self, every: int) -> Iterator[Piece]:
+        """Decodes the only sequence, and hands it over as it comes: whole characters."""
+        detokenizer, shown = Detokenizer(self.engine.tokenizer), 0
+        while True:
+            self.advance(self.after(every))
+            fresh = self.answer(0)[shown:]
+            shown += len(fresh)
+            text = detokenizer.push(self.engine._spelled(fresh))
+            if self.over:
+                output = self.outputs()[0]
+                text += detokenizer.finish()
+                yield Piece(text, fresh, output.finish_reason, output.stats)
+                return
+            yield Piece(text, fresh)
 
     def answer(self, index: int) -> tuple[int, ...]:
         """Tokens emitted since `append`, without an end-of-sequence token."""
@@ -163,3 +194,29 @@ class Decoding:
         if self.state is not None and self.engine._params is not None:
             self.engine._idle = (len(self.tokens), self.state)
         self.state = None
+
+    def drop(self) -> None:
+        """Frees the state at once."""
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()
+        self.state = None
+
+
+def check_room(max_len: int, prompt: int, held: int = 0) -> None:
+    """Raises a MimoError unless a prompt of so many tokens fits a cache, and one of an answer.
+
+    Args:
+      max_len: tokens of the cache.
+      prompt: tokens of the prompt.
+      held: tokens before it.
+    """
+    if held + prompt >= max_len:
+        before = f" after the {held} that the session holds" if held else ""
+        raise MimoError(
+            f"The prompt has {prompt} tokens{before}; the cache holds {max_len}, one of them for "
+            "the answer. Shorten it, or load with a larger max_len."
+        )
+
+
+def _lengths(tokens: list[list[int]]) -> np.ndarray:
+    return np.array([len(own) for own in tokens], np.int32)

@@ -2,15 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mimo_jax.decode.batch import Decoding
+from mimo_jax.decode.batch import Decoding, check_room
 from mimo_jax.decode.options import Options
 from mimo_jax.decode.output import Stats
 from mimo_jax.errors import MimoError
 from mimo_jax.text.answer import AnswerParser, ToolCall
-from mimo_jax.text.chat import ChatFormat, Prompt
+from mimo_jax.text.chat import GENERATION, ChatFormat, Prompt, check_asked
 from mimo_jax.text.messages import check_message
 from mimo_jax.text.parts import Part, decode, merge, remainder
 from mimo_jax.text.tokenizer import Detokenizer
@@ -86,7 +86,7 @@ class Turn:
         """Decodes, `every` tokens at a time or all at once; the last delta has the output."""
         decoding = self._decoding
         while True:
-            decoding.advance(decoding.limits if every is None else decoding.lengths + every)
+            decoding.advance(decoding.limits if every is None else decoding.after(every))
             delta = self._take_in()
             if decoding.over:
                 yield dataclasses.replace(delta, output=self.finish())
@@ -155,9 +155,15 @@ def chat_options(engine: Any, options: Mapping[str, Any], length: int) -> Option
     Raises:
       MimoError: for an option that is not allowed.
     """
+    sizes = engine.block, engine.config.vocab_size
+    given, found = {k: v for k, v in options.items() if v is not None}, engine._chat_format()
+    theirs = {name: value for name, value in found.sampling.items() if name not in given}
+    try:
+        Options.check(*sizes, theirs)
+    except MimoError as error:
+        raise MimoError(f"{found.where}/{GENERATION} cannot be used: {error}") from None
     room = {"max_tokens": max(engine.max_len - length, 1)}
-    values = room | engine._chat_format().sampling | dict(options)
-    return Options.check(engine.block, engine.config.vocab_size, values)
+    return Options.check(*sizes, room | theirs | given)
 
 
 def chat_deltas(
@@ -176,6 +182,7 @@ def chat_deltas(
     """
     tokens = engine._chat_format().encode(prompt.parts)
     checked = chat_options(engine, options, len(tokens))
+    check_room(engine.max_len, len(tokens))
     return _deltas(engine, tokens, prompt.in_think, checked, every)
 
 
@@ -209,13 +216,14 @@ class ChatSession:
         engine: Any,
         *,
         system: str | None,
-        tools: Sequence[dict[str, Any]] | None,
+        tools: Any,
         thinking: bool,
         keep_all_reasoning: bool,
     ):
         self._engine = engine
         self._format: ChatFormat = engine._chat_format()
         self._format.check()
+        check_asked(tools, thinking, keep_all_reasoning)
         self._ask = {
             "tools": tools,
             "thinking": thinking,
@@ -266,6 +274,12 @@ class ChatSession:
         """
         check_every(every)
         return self._begin(message, options, every)
+
+    def __enter__(self) -> "ChatSession":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Gives the caches back; the conversation can go on, and reads everything anew."""
@@ -338,8 +352,8 @@ class ChatSession:
         said = decoding.tokens[0][int(decoding.starts[0]) :]
         if said:
             self._messages = [*history, run.finish().message]
-        if decoding.state is None:
-            self._decoding, self._held = None, []
+        if decoding.state is None or not said:
+            self.close()
         else:
             self._held = merge([*prompt.parts, *decode(said, self._engine.tokenizer)])
 

@@ -219,7 +219,9 @@ class _Shard:
             for n in range(at.shape[-1]):
                 above = self.ordered > at[..., n, None, None]
                 sums.append(jnp.where(above, value, 0).sum(axis=-1, dtype=jnp.uint32))
-        sums = jnp.stack(sums).sum(axis=-1, dtype=jnp.uint32)
+        # Side by side in memory first: fused with the sums of pieces, each number of those would be
+        # looked for among all arrays anew, one after another (16 of a pass' 41 us on an H200).
+        sums = lax.optimization_barrier(jnp.stack(sums)).sum(axis=-1, dtype=jnp.uint32)
         return jnp.moveaxis(sums.reshape(len(values), -1, *sums.shape[1:]), 1, -1)
 
 

@@ -28,7 +28,7 @@ class Options:
       temperature: 0 is greedy.
       top_p: up to 1, the mass of the likeliest tokens to choose from.
       top_k: how many of them; 0 is all.
-      seed: of the noise.
+      seed: of the noise: the same one gives the same answer.
       max_draft: drafted tokens to verify a round; 0 is plain decoding.
       ignore_eos: go on after an end-of-sequence token.
     """
@@ -48,7 +48,8 @@ class Options:
         Args:
           block: rows of a verified block; 1 without a drafter.
           vocab: size of the vocabulary.
-          values: the fields above, and `speculative`, False for plain decoding.
+          values: the fields above, and `speculative`, False for plain decoding; None of them is
+            its default.
 
         Raises:
           MimoError: for an unknown name, or a value that is not allowed; it says which are.
@@ -57,15 +58,13 @@ class Options:
         for name in values:
             if name not in names:
                 raise MimoError(f"option {name!r} is not known; there are {', '.join(names)}.")
-        values = dict(values)
+        values = {name: value for name, value in values.items() if value is not None}
         speculative = _flag("speculative", values.pop("speculative", True))
         longest = block - 1 if speculative else 0
-        if values.get("max_draft") is None:
-            values["max_draft"] = longest
         why = f"0 to {longest}" if speculative else "0, as speculative=False says"
         return cls(
             max_tokens=_whole(
-                "max_tokens", values.get("max_tokens", 256), 1, 2**31 - 1, "1 or more"
+                "max_tokens", values.get("max_tokens", 256), 1, 2**31 - 1, "1 to 2147483647"
             ),
             temperature=_real(
                 "temperature", values.get("temperature", 0.0), COLDEST, math.inf, 0.0
@@ -73,7 +72,7 @@ class Options:
             top_p=_real("top_p", values.get("top_p", 1.0), COLDEST, 1.0),
             top_k=_whole("top_k", values.get("top_k", 0), 0, vocab, f"0 (all) to {vocab}"),
             seed=_whole("seed", values.get("seed", 0), 0, 2**32 - 1),
-            max_draft=_whole("max_draft", values["max_draft"], 0, longest, why),
+            max_draft=_whole("max_draft", values.get("max_draft", longest), 0, longest, why),
             ignore_eos=_flag("ignore_eos", values.get("ignore_eos", False)),
         )
 

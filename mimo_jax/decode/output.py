@@ -35,11 +35,12 @@ class Stats:
     devices: int
 
     def __str__(self) -> str:
-        """One line."""
+        """One line; with the time to the first token if it came before the others."""
+        first = f"first token {self.ttft_s:.2f} s, " if self.ttft_s < self.wall_s else ""
         return (
             f"{self.tokens} tokens in {self.rounds} rounds, acceptance length "
-            f"{self.acceptance_length:.2f}, {self.tokens_per_second:.1f} tokens/s, first token "
-            f"{self.ttft_s:.2f} s, compile {self.compile_s:.1f} s, experts {self.experts}, "
+            f"{self.acceptance_length:.2f}, {self.tokens_per_second:.1f} tokens/s with prefill, "
+            f"{first}compile {self.compile_s:.1f} s, experts {self.experts}, "
             f"{self.devices} device{'s' * (self.devices > 1)}"
         )
 

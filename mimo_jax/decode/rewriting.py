@@ -1,4 +1,4 @@
-"""Rewrites a loaded target's parameters for its programs: on each device its shards, by module."""
+"""Rewrites loaded parameters for their programs: on each device its shards, by module."""
 
 import dataclasses
 import functools
@@ -9,23 +9,22 @@ import jax
 from flax import nnx
 
 from mimo_jax.decode.program import Plan
-from mimo_jax.model.mimo import MiMo
 from mimo_jax.sharding import param_specs
 
 
-def rewrite_plan(plan: Plan, change: Callable[[MiMo], None]) -> Plan:
-    """The plan after a change of the target's modules.
+def rewrite_plan(plan: Plan, change: Callable[[Any], None], part: int = 0) -> Plan:
+    """The plan after a change of the modules of target (part 0) or drafter (1).
 
     Args:
       plan: before.
-      change: of a target that holds one device's shards.
+      change: of a model that holds one device's shards.
+      part: which one.
     """
-    target, drafter = plan.params
-    graph, draft_graph = plan.graphs
+    graph = plan.graphs[part]
     local = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype),
-        target,
-        plan.param_shardings[0],
+        plan.params[part],
+        plan.param_shardings[part],
     )
 
     def changed(values):
@@ -43,7 +42,9 @@ def rewrite_plan(plan: Plan, change: Callable[[MiMo], None]) -> Plan:
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
     new = jax.tree.map(whole, new, specs)
-    return dataclasses.replace(plan, graphs=(new_graph, draft_graph), params=(new, drafter))
+    graphs, params = list(plan.graphs), list(plan.params)
+    graphs[part], params[part] = new_graph, new
+    return dataclasses.replace(plan, graphs=tuple(graphs), params=tuple(params))
 
 
 def rewrite_params(

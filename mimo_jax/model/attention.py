@@ -1,5 +1,7 @@
 """Grouped-query attention with sinks, a value scale, keys wider than values; full or windowed."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,7 @@ from mimo_jax.model.moe import ATTENTION_WORD
 from mimo_jax.quant import fp8
 from mimo_jax.sharding import Parallel, normal, param
 from pallas_kernels.attention import block_attention
-from pallas_kernels.attention_layer import attention_layer
+from pallas_kernels.attention_layer import attention_layer, flag_words
 from pallas_kernels.softmax import LOG2E, MASKED
 
 
@@ -56,6 +58,13 @@ class Attention(nnx.Module):
         codes, scales = fp8.quantize_on_device(self.output[...])
         self.output = nnx.Param(codes, logical_axes=(None, "heads"))
         self.output_scale = nnx.Param(scales, logical_axes=(None, "heads"))
+
+    @property
+    def flag_words(self) -> int:
+        """Words that one launch for the whole of it takes, if it can be one: `attention_layer`."""
+        if self.config.window is None:
+            return 0
+        return flag_words(math.prod(self.qkv.shape[:-1]), self.output.shape[-1])
 
     @jax.named_scope("attention_project")
     def project(self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"]):

@@ -27,18 +27,20 @@ from mimo_jax.model.layers import (
     few_token_linear,
     linear,
     rope,
+    rotary_angles,
     value,
 )
 from mimo_jax.model.mimo import MiMo, argmax, few_logits
 from mimo_jax.sharding import Parallel, constant, normal, param
-from pallas_kernels.attention import draft_attention
+from pallas_kernels.attention import MOST_TOKENS, draft_attention, write_context
 
 
 class DraftAttention(nnx.Module):
     """Attention of a block to the context's features and to itself.
 
     The block is seen in both directions, or, if `causal`, by each row up to itself. `kv` is
-    [groups, h + v, d]: a group's key head, then its value head.
+    [groups, h + v, d]: a group's key head, then its value head. After `pack` there is `qkv` in
+    their place, for decoding.
     """
 
     def __init__(
@@ -53,6 +55,17 @@ class DraftAttention(nnx.Module):
         self.query_norm = RMSNorm(h, epsilon, dtype, rngs)
         self.key_norm = RMSNorm(h, epsilon, dtype, rngs)
         self.sink = param(rngs, (n,), ("heads",), dtype, constant(0.0)) if config.sink else None
+        self.qkv = nnx.data(None)
+
+    def pack(self) -> None:
+        """Puts queries beside keys and values: one product."""
+        fused = fused_weight(self.query[...], self.kv[...])
+        self.qkv = nnx.Param(fused, logical_axes=("kv_heads", None, None))
+        self.query = self.kv = None
+
+    def angles(self, positions: Int32[Array, "b t"]):
+        """Cosines and sines of positions."""
+        return rotary_angles(positions, self.config.rope_theta, self.config.rotary_dim)
 
     def _rotate(self, x, positions):
         return rope(x, positions, self.config.rope_theta, self.config.rotary_dim)
@@ -68,12 +81,36 @@ class DraftAttention(nnx.Module):
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], product: Callable = linear
     ):
         """Normed and rotated keys [b,t,k,h], scaled values [b,t,k,v]: of context or of a block."""
+        return self.split_keys(self._raw_keys(x, product), positions)
+
+    def _raw_keys(self, x, product: Callable):
+        """Keys and values side by side as they are projected, [b, t, k, h + v]."""
         weight = self.kv[...]
         fused = product(x, weight.reshape(-1, weight.shape[-1]))
-        fused = fused.reshape(*x.shape[:2], *weight.shape[:2])
+        return fused.reshape(*x.shape[:2], *weight.shape[:2])
+
+    def split_keys(self, fused: Float[Array, "b t k _"], positions: Int32[Array, "b t"]):
+        """What `keys_values` returns, of keys and values side by side as they are projected."""
         k, v = jnp.split(fused, [self.config.head_dim], axis=-1)
         v = v * jnp.asarray(self.config.value_scale, v.dtype)
         return self._rotate(self.key_norm(k), positions), v
+
+    def fused(self, x: Float[Array, "b t d"], product: Callable) -> Float[Array, "b t k rows"]:
+        """Each group's queries, its key and its value, side by side as they are projected."""
+        if self.qkv is not None:
+            weight = self.qkv[...]
+            y = product(x, weight.reshape(-1, weight.shape[-1]))
+            return y.reshape(*x.shape[:2], *weight.shape[:2])
+        kv = self._raw_keys(x, product)
+        q = product(x, self.query[...]).reshape(*kv.shape[:3], -1)
+        return jnp.concatenate([q, kv], axis=-1)
+
+    def split(self, fused: Float[Array, "b t k rows"], positions: Int32[Array, "b t"]):
+        """What `queries` and `keys_values` return, of the product."""
+        own = self.config.head_dim + self.config.v_head_dim
+        q, kv = jnp.split(fused, [fused.shape[-1] - own], axis=-1)
+        q = q.reshape(*fused.shape[:2], -1, self.config.head_dim)
+        return self._rotate(self.query_norm(q), positions), *self.split_keys(kv, positions)
 
     def __call__(
         self,
@@ -91,30 +128,57 @@ class DraftAttention(nnx.Module):
         The t rows may be several blocks of the same context, which do not see each other. If it is
         `decoding`, against a ring, there are kernels for it in programs for a GPU.
         """
-        product = partial(few_token_linear, norm=norm) if decoding else linear
-        x = h if decoding else norm(h)
-        q = self.queries(x, positions, product)
-        k, v = self.keys_values(x, positions, product)
-        window, t = self.config.window, h.shape[1]
         sink = value(self.sink)
 
-        def elsewhere(q, k, v, keys, values, start, sink):
+        def beside(q, k, v, keys, values, sink):
             keys = jnp.concatenate([keys, k.transpose(0, 2, 1, 3)], axis=2)
             values = jnp.concatenate([values, v.transpose(0, 2, 1, 3)], axis=2)
+            t = q.shape[1]
             own = jnp.broadcast_to(_own(t, blocks, self.causal), (*visible.shape[:2], t))
             return attend(q, keys, values, jnp.concatenate([visible, own], axis=2), sink)
 
-        arguments = q, k, v, context.keys, context.values, positions[:, 0]
-        if decoding and window is not None and t <= min(window, context.size - window + 1):
-            options = dict(window=window, sink=sink, causal=self.causal)
-            heads = draft_attention(*arguments, **options, elsewhere=elsewhere)
+        if decoding:
+            fused = self.fused(h, partial(few_token_linear, norm=norm))
+            heads = self._decode(fused, positions, context, sink, beside)
         else:
-            heads = elsewhere(*arguments, sink)
+            x = norm(h)
+            own = self.queries(x, positions), *self.keys_values(x, positions)
+            heads = beside(*own, context.keys, context.values, sink)
         flat = heads.reshape(*heads.shape[:2], -1)
         if not decoding:
             return h + parallel.sum(linear(flat, self.output[...]))
         product = partial(few_token_linear, flat, self.output[...])
         return parallel.add(h, lambda residual: product(residual=residual))
+
+    def _decode(self, fused, positions, context: LayerCache, sink, beside: Callable):
+        """Heads of one block against a context, by the kernel where the context is a ring."""
+        config, t = self.config, fused.shape[1]
+
+        def elsewhere(fused, query_norm, key_norm, cos, sin, keys, values, start, sink):
+            del query_norm, key_norm, cos, sin, start
+            return beside(*self.split(fused, positions), keys, values, sink)
+
+        norms = self.query_norm.weight[...], self.key_norm.weight[...]
+        arguments = (
+            fused,
+            *norms,
+            *self.angles(positions),
+            context.keys,
+            context.values,
+            positions[:, 0],
+        )
+        window = config.window
+        if window is None or t > min(window, context.size - window + 1):
+            return elsewhere(*arguments, sink)
+        return draft_attention(
+            *arguments,
+            window=window,
+            value_scale=config.value_scale,
+            epsilon=self.query_norm.epsilon,
+            sink=sink,
+            causal=self.causal,
+            elsewhere=elsewhere,
+        )
 
 
 class DraftBlock(nnx.Module):
@@ -149,6 +213,8 @@ class DraftBlock(nnx.Module):
 class Drafter(nnx.Module):
     """A DFlash drafter. It has no embedding and no head: it uses the target's.
 
+    After `pack`, for decoding, all layers' keys and values of the context are one product.
+
     Args:
       config: the shapes.
       rngs: streams of random keys for the initial values.
@@ -170,6 +236,16 @@ class Drafter(nnx.Module):
         )
         self.norm = RMSNorm(d, config.rms_norm_eps, dtype, rngs)
         self.mask_embedding = param(rngs, (d,), (None,), dtype, init)
+        self.context_kv = self.context_norms = nnx.data(None)
+
+    def pack(self) -> None:
+        """Weights of one product for the context, and of one in each layer for a block."""
+        stack = jnp.stack([layer.attention.kv[...] for layer in self.layers])
+        norms = jnp.stack([layer.attention.key_norm.weight[...] for layer in self.layers])
+        self.context_kv = nnx.Param(stack, logical_axes=(None, "kv_heads", None, None))
+        self.context_norms = nnx.Param(norms, logical_axes=(None, None))
+        for layer in self.layers:
+            layer.attention.pack()
 
     @staticmethod
     def init_contexts(
@@ -190,9 +266,19 @@ class Drafter(nnx.Module):
         product: Callable = linear,
     ) -> list[tuple[Array, Array]]:
         """Each layer's keys [b,t,k,h] and values [b,t,k,v] of the target's tapped features."""
-        projected = parallel.gather(product(features, self.features[...]), -1)
-        normed = self.context_norm(projected)
+        normed = self._normed_features(features, parallel, product)
         return [layer.attention.keys_values(normed, positions, product) for layer in self.layers]
+
+    def _normed_features(self, features, parallel: Parallel, product: Callable):
+        projected = parallel.gather(product(features, self.features[...]), -1)
+        return self.context_norm(projected)
+
+    def _fused_context(self, features, parallel: Parallel):
+        """Keys and values of all layers, as projected by one product: [b, t, layers, k, h + v]."""
+        normed = self._normed_features(features, parallel, few_token_linear)
+        weight = self.context_kv[...]
+        fused = few_token_linear(normed, weight)
+        return fused.reshape(*normed.shape[:2], *weight.shape[:3])
 
     @jax.named_scope("drafter")
     def ingest(
@@ -205,11 +291,44 @@ class Drafter(nnx.Module):
     ) -> tuple[LayerCache, ...]:
         """Adds features of positions start, start + 1, ... to each layer's context."""
         positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
-        context = self.context(features, positions, parallel, few_token_linear)
-        return tuple(
-            cache.write(k, v, start, last_rows(live, cache.size))
-            for cache, (k, v) in zip(caches, context, strict=True)
+
+        def written(caches, context):
+            return tuple(
+                cache.write(k, v, start, last_rows(live, cache.size))
+                for cache, (k, v) in zip(caches, context, strict=True)
+            )
+
+        if self.context_kv is None:
+            return written(caches, self.context(features, positions, parallel, few_token_linear))
+
+        def elsewhere(fused, norms, cos, sin, keys, values, start, count):
+            del norms, cos, sin, start, count
+            found = written(map(LayerCache, keys, values), self._split_context(fused, positions))
+            return tuple(cache.keys for cache in found), tuple(cache.values for cache in found)
+
+        arguments = (
+            self._fused_context(features, parallel),
+            self.context_norms[...],
+            *self.layers[0].attention.angles(positions),
+            tuple(cache.keys for cache in caches),
+            tuple(cache.values for cache in caches),
+            start,
+            live.sum(axis=-1, dtype=jnp.int32),
         )
+        # A kernel writes a block's few rows, to caches of one size: rings, or of all positions.
+        most = min(MOST_TOKENS, caches[0].size)
+        if len({cache.size for cache in caches}) > 1 or features.shape[1] > most:
+            return tuple(map(LayerCache, *elsewhere(*arguments)))
+        attention = self.layers[0].attention
+        options = dict(value_scale=attention.config.value_scale, epsilon=attention.key_norm.epsilon)
+        return tuple(map(LayerCache, *write_context(*arguments, **options, elsewhere=elsewhere)))
+
+    def _split_context(self, fused, positions):
+        """Each layer's keys and values of `_fused_context`."""
+        return [
+            layer.attention.split_keys(fused[:, :, i], positions)
+            for i, layer in enumerate(self.layers)
+        ]
 
     def ingest_prompt(
         self,
@@ -294,6 +413,13 @@ class Drafter(nnx.Module):
                 masks[kind] = seen_rows(at, start, positions, kind[1])
             h = layer(h, positions, context, masks[kind], parallel, decoding)
         return self.norm(h)
+
+
+def fused_weight(
+    query: Float[Array, "nh d"], kv: Float[Array, "groups _ d"]
+) -> Float[Array, "groups rows d"]:
+    """Each group's queries, its key and its value, as rows of one matrix."""
+    return jnp.concatenate([query.reshape(kv.shape[0], -1, kv.shape[-1]), kv], axis=1)
 
 
 def seen_rows(

@@ -1,7 +1,5 @@
 """The mixture of experts: a float32 sigmoid router and experts in MXFP4 or dense."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,13 +9,19 @@ from jaxtyping import Array, Bool, Float, Int32
 from mimo_jax.config import ModelConfig
 from mimo_jax.model.layers import INIT_SCALE, RMSNorm, value
 from mimo_jax.sharding import Parallel, constant, normal, param
-from pallas_kernels.expert_ffn import ExpertWeights, KernelWeights, expert_ffn, pack_experts
+from pallas_kernels.expert_ffn import (
+    BARRIER_WORDS,
+    ExpertWeights,
+    KernelWeights,
+    expert_ffn,
+    pack_experts,
+)
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.router import MOST_TOKENS, route
 
-ROUTER_WORD, ATTENTION_WORD = 16, 20
-"""Of the words that the expert kernel keeps, the first of those that it does not use: the router's
-kernel counts in one, zero after each launch; the blocks of `attention_layer` meet at two of eight.
+ROUTER_WORD, ATTENTION_WORD = 16, BARRIER_WORDS
+"""In the words that the expert kernel keeps, one that it does not use, in which the router's kernel
+counts, zero after each launch; and those after its own, for `attention_layer`.
 """
 
 
@@ -94,9 +98,13 @@ class Experts(nnx.Module):
             self.gate_up_scale = self.down_scale = None
         self.barrier, self.plans = nnx.data(None), None
 
-    def pack(self) -> None:
-        """Puts MXFP4 experts into the kernel's order, on one device's share of them."""
-        packed = pack_experts(self.weights)
+    def pack(self, more_words: int = 0) -> None:
+        """Puts MXFP4 experts into the kernel's order, on one device's share of them.
+
+        Args:
+          more_words: after those that the kernel keeps, for others.
+        """
+        packed = pack_experts(self.weights, more_words=more_words)
         # On a mesh, a device's stages follow those of the device before it.
         axes = ("experts", "expert_mlp", None, None)
         self.gate_up = nnx.Param(packed.gate_up, logical_axes=axes)
@@ -152,8 +160,16 @@ class MoE(nnx.Module):
         """
         rows = h.reshape(-1, h.shape[-1])
         x, ids, routing = self.route(rows, norm, live.reshape(-1))
-        mix = partial(self._mix, x, ids, routing, parallel, ahead=ahead)
-        return parallel.add(rows, mix).reshape(h.shape)
+
+        def mix(residual):
+            # Added in h's own shape: for a stream of five layers that changed it twice in each,
+            # jaxlib 0.11.2 tiled a fusion for more than 100 s (float32 on a CPU).
+            inside = residual is not None and h.dtype == jnp.bfloat16
+            flat = residual.reshape(rows.shape) if inside else None
+            y = self._mix(x, ids, routing, parallel, flat, ahead).reshape(h.shape)
+            return y if residual is None or inside else residual + y
+
+        return parallel.add(h, mix)
 
     def route(self, h, norm, live):
         """Normed rows, ids (-1 for dead rows) and weights."""
@@ -181,13 +197,11 @@ class MoE(nnx.Module):
             )
 
     def _mix(self, rows, ids, routing, parallel: Parallel, residual=None, ahead=None):
-        """The sum of this device's experts, [t, d], and a residual."""
+        """The sum of this device's experts, [t, d], and a bfloat16 residual."""
         weights = self.experts.weights
         if parallel.experts:
             # Ids of other devices' experts fall outside [0, e) here, as those of dead rows do.
             ids = ids - parallel.index * weights.gate_up.shape[0]
-        inside = residual if rows.dtype == jnp.bfloat16 else None
         with jax.named_scope("experts"):
-            y = expert_ffn(rows, weights, ids, routing, residual=inside, ahead=value(ahead))
-        y = y.astype(rows.dtype)
-        return y if residual is None or inside is not None else residual + y
+            y = expert_ffn(rows, weights, ids, routing, residual=residual, ahead=value(ahead))
+        return y.astype(rows.dtype)

@@ -15,13 +15,16 @@ from mimo_jax.sharding import AnyMesh
 MOST_DEVICES = 64
 
 
-def check_memory(remake: Callable[[AnyMesh], Plan], mesh: Mesh, settings: Settings) -> Plan:
+def check_memory(
+    remake: Callable[[AnyMesh], Plan], mesh: Mesh, settings: Settings, others: tuple[str, ...] = ()
+) -> Plan:
     """Makes a plan for a mesh, and refuses it if its devices cannot hold it.
 
     Args:
       remake: makes the plan for a mesh, to find out too how many devices would do.
       mesh: where the model is to be loaded.
       settings: of the program that is sure to run.
+      others: other ways to need less, for the error.
 
     Returns:
       the plan.
@@ -40,6 +43,7 @@ def check_memory(remake: Callable[[AnyMesh], Plan], mesh: Mesh, settings: Settin
     devices = _enough_devices(remake, placed.shards, settings, memory)
     ways = [f"load with max_len={longest} or less"] if longest >= 2 else []
     ways += [f"use {devices} devices like these"] if devices else []
+    ways += others
     if mesh.devices.flat[0].platform != "cpu":
         ways.append("let JAX use more of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION, .75 at first)")
     sizes = ", ".join(f"{name} {gigabytes(sum(part.values()))}" for name, part in parts.items())
@@ -48,6 +52,32 @@ def check_memory(remake: Callable[[AnyMesh], Plan], mesh: Mesh, settings: Settin
         f"max_len={settings.max_len} ({sizes}), but {whose} has {gigabytes(memory)}. "
         f"What would fit: {'; '.join(ways) or 'devices with more memory'}."
     )
+
+
+def check_state(placed: Plan, settings: Settings) -> None:
+    """Refuses a state of sequences that the devices have no room for beside the loaded weights.
+
+    Args:
+      placed: the model's plan, on the mesh where it is.
+      settings: of the program: batch, length, block.
+
+    Raises:
+      MimoError: with the sizes.
+    """
+    memory, whose = device_memory(placed.mesh)
+    if memory is None:
+        return
+    parts = needs(placed, settings)
+    weights = sum(parts.pop("weights").values())
+    # A GPU says what is free, with the weights there; a machine how much it has in all.
+    room = memory - weights if placed.mesh.devices.flat[0].platform == "cpu" else memory
+    if total(parts) > room:
+        raise MimoError(
+            f"{settings.batch} sequence(s) of max_len={settings.max_len} need "
+            f"{gigabytes(total(parts))} on each of {placed.shards} device(s), but {whose} has "
+            f"{gigabytes(max(room, 0))} left: answer fewer at a time, close sessions, or load with "
+            "a smaller max_len."
+        )
 
 
 def device_memory(mesh: Mesh) -> tuple[int | None, str]:

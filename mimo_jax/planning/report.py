@@ -1,6 +1,8 @@
 """`mimo_jax.plan`: what a model needs on devices that need not be there, as figures and words."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mimo_jax.decode.program import Plan, Settings, make_plan
 from mimo_jax.drafter_config import AnyDrafterConfig
 from mimo_jax.errors import MimoError
 from mimo_jax.planning.groups import EMBEDDING, EXPERTS, HEAD, gigabytes, group_of
-from mimo_jax.planning.models import Stored, find_model
+from mimo_jax.planning.models import Model, Stored, find_model
 from mimo_jax.planning.routing import busiest_device, distinct_experts
 from mimo_jax.planning.sizes import (
     CONTEXTS,
@@ -79,6 +81,7 @@ class MemoryPlan:
       longest: the longest max_len that fits, at most `context`; 0 if none does.
       bandwidth: bytes a second that a device reads.
       rounds: "plain", and "drafted" if there is a drafter.
+      notes: what a user should know, in sentences.
     """
 
     name: str
@@ -99,6 +102,7 @@ class MemoryPlan:
     longest: int
     bandwidth: float | int
     rounds: dict[str, Round]
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, dict[str, int]]:
@@ -127,7 +131,8 @@ class MemoryPlan:
         return fields
 
     def __str__(self) -> str:
-        return "\n".join([*_model_lines(self), "", *_memory_lines(self), "", *_round_lines(self)])
+        lines = [*_model_lines(self), "", *_memory_lines(self), "", *_round_lines(self)]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def plan(
@@ -139,13 +144,15 @@ def plan(
     batch: int = 1,
     block: int | None = None,
     layout: str = "tensor",
+    experts: str = "auto",
     dtype: Any = jnp.bfloat16,
     memory: float | int = H200_BYTES,
     bandwidth: float | int = H200_BANDWIDTH,
 ) -> MemoryPlan:
     """Computes what a model needs on each of some devices, which need not be there.
 
-    Weights are as the release stores them: FP8 and MXFP4 stay so.
+    Weights are as `load` holds them on GPUs with kernels: MXFP4 stays MXFP4, FP8 projections stay
+    FP8; FP8 experts become bfloat16, or MXFP4 if that is asked for.
 
     Args:
       model: a preset's name, a checkpoint's directory (its config.json is enough) or a
@@ -157,6 +164,7 @@ def plan(
       batch: sequences.
       block: rows of a verified block; by default the drafter's.
       layout: "tensor" cuts every expert, "expert" gives each device whole ones.
+      experts: "auto", or "mxfp4" for experts that are not stored so.
       dtype: of other weights, of activations and caches.
       memory: bytes that a device has.
       bandwidth: bytes a second that a device reads.
@@ -169,9 +177,11 @@ def plan(
       print(mimo_jax.plan("mimo-v2.6-pro", devices=8, max_len=131072))
     """
     _check(devices=devices, max_len=max_len, batch=batch, block=block, layout=layout)
+    _check_machine(experts=experts, memory=memory, bandwidth=bandwidth)
     found = find_model(model, drafter)
     fp8 = found.layout is not None and found.layout.linear == FP8
-    make = {"layout": layout, "fp8": fp8, "dtype": dtype}
+    packed = True if experts == "mxfp4" else None  # None: as the configuration says.
+    make = {"layout": layout, "fp8": fp8, "packed": packed, "dtype": dtype}
     placed = make_plan(found.config, found.drafter, abstract_mesh(devices), **make)
     single = placed if devices == 1 else make_plan(found.config, None, abstract_mesh(1), **make)
     block = block or (1 if found.drafter is None else found.drafter.block_size)
@@ -194,7 +204,18 @@ def plan(
         longest=longest_context(placed, settings, int(memory)),
         bandwidth=bandwidth,
         rounds=_rounds(placed, settings),
+        notes=tuple(_notes(found, packed, max_len, context)),
     )
+
+
+def _notes(found: Model, packed: bool | None, max_len: int, context: int) -> Iterator[str]:
+    if max_len > context:
+        yield f"max_len={max_len:,} is cut to the model's context of {context:,} tokens."
+    if found.layout is not None and found.layout.experts == FP8 and not packed:
+        yield (
+            "FP8 experts are held in bfloat16, in twice the bytes; experts='mxfp4' holds them in 4 "
+            "bits, which changes them."
+        )
 
 
 def round_of(placed: Plan, settings: Settings, rows: int) -> Round:
@@ -260,6 +281,14 @@ def _check(**values: Any) -> None:
                 raise MimoError(
                     f"{name}={value!r} is not allowed: it must be a whole number, 1 or more."
                 )
+
+
+def _check_machine(experts: str, **values: Any) -> None:
+    if experts not in ("auto", "mxfp4"):
+        raise MimoError(f"experts={experts!r} is not allowed: it must be 'auto' or 'mxfp4'.")
+    for name, value in values.items():
+        if isinstance(value, bool | str) or not 0 < value < math.inf:
+            raise MimoError(f"{name}={value!r} is not allowed: it must be a number above 0.")
 
 
 def _model_lines(plan: MemoryPlan) -> list[str]:

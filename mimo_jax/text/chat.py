@@ -105,10 +105,8 @@ class ChatFormat:
           MimoError: for messages or tools that are not allowed, a template that fails, or a
             tokenizer that was not made for conversations.
         """
-        for name, value in (("thinking", thinking), ("keep_all_reasoning", keep_all_reasoning)):
-            if not isinstance(value, bool):
-                raise MimoError(f"{name}={value!r} is not allowed: it must be True or False.")
-        checked, tools = check_messages(messages), check_tools(tools)
+        checked = check_messages(messages)
+        tools = check_asked(tools, thinking, keep_all_reasoning)
         self.check()
         if self.template is None:
             parts = mimo_format.render(
@@ -152,3 +150,15 @@ class ChatFormat:
         """Ends the process that renders templates, if there is one."""
         if self.template is not None:
             self.template.close()
+
+
+def check_asked(tools: Any, thinking: Any, keep_all_reasoning: Any) -> Any:
+    """What a conversation is asked for beside its messages; returns the tools.
+
+    Raises:
+      MimoError: for what is not allowed.
+    """
+    for name, value in (("thinking", thinking), ("keep_all_reasoning", keep_all_reasoning)):
+        if not isinstance(value, bool):
+            raise MimoError(f"{name}={value!r} is not allowed: it must be True or False.")
+    return check_tools(tools)

@@ -23,7 +23,8 @@ def check_messages(messages: Any) -> list[Message]:
 
     Returns:
       dicts whose content is a str, whose tool calls are {"type", "function": {"name",
-      "arguments": dict}} with their "id" if they had one, and without keys that were None.
+      "arguments": dict}} with their "id" if they had one, and without keys that were None, or
+      unknown and empty.
 
     Raises:
       MimoError: naming the message and what is wrong with it.
@@ -67,8 +68,9 @@ def check_message(message: Any, where: str) -> Message:
         raise MimoError(
             f"{where} has role={_shown(role)}, which is not allowed: {', '.join(ROLES)}."
         )
-    for key in given:
-        if key not in KEYS:
+    for key, value in given.items():
+        # OpenAI's client returns messages with empty lists of annotations and the like.
+        if key not in KEYS and value not in ([], {}, ""):
             raise MimoError(f"{where} has the key {key!r}; known are {', '.join(KEYS)}.")
     checked = {"role": role, "content": _content(given, where)}
     for key in ("reasoning_content", "tool_calls"):
@@ -76,7 +78,7 @@ def check_message(message: Any, where: str) -> Message:
             raise MimoError(f"{where} has {key!r}, which only an assistant's message has.")
     for key in ("reasoning_content", "tool_call_id", "name"):
         if key in given:
-            checked[key] = _text(given[key], f"{where}[{key!r}]")
+            checked[key] = check_text(given[key], f"{where}[{key!r}]")
     calls = given.get("tool_calls", ())
     if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
         raise MimoError(f"{where}['tool_calls']={_shown(calls)} is not allowed: it must be a list.")
@@ -94,7 +96,7 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     if content is None and (message.get("tool_calls") or "reasoning_content" in message):
         return ""
     if isinstance(content, str) or not isinstance(content, Sequence):
-        return _text(content, where)
+        return check_text(content, where)
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -104,7 +106,7 @@ def _content(message: Mapping[str, Any], where: str) -> str:
                 f"{where}[{index}] is a part {what}: this engine reads text alone, "
                 '{"type": "text", "text": "..."}. Leave images, sound and video out.'
             )
-        texts.append(_text(part["text"], f"{where}[{index}]['text']"))
+        texts.append(check_text(part["text"], f"{where}[{index}]['text']"))
     return "".join(texts)
 
 
@@ -114,7 +116,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _text(value: Any, where: str) -> str:
+def check_text(value: Any, where: str) -> str:
+    """Returns a text, or raises a MimoError that names where it stands."""
     if not isinstance(value, str):
         raise MimoError(f"{where}={_shown(value)} is not allowed: it must be a str.")
     try:
@@ -145,8 +148,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             f"{where} has arguments={_shown(arguments)}: they must be a dict, or its JSON."
         )
     arguments = _plain_json(dict(arguments), f"{where}'s arguments")
-    checked = {"name": _text(function["name"], f"{where}'s name"), "arguments": arguments}
-    given_id = {"id": _text(call["id"], f"{where}'s id")} if call.get("id") is not None else {}
+    checked = {"name": check_text(function["name"], f"{where}'s name"), "arguments": arguments}
+    given_id = {"id": check_text(call["id"], f"{where}'s id")} if call.get("id") is not None else {}
     return given_id | {"type": "function", "function": checked}
 
 

@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mimo_jax.checkpoint import store
 from mimo_jax.checkpoint.flat import flatten, nest
 from mimo_jax.config import ModelConfig
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.model.mimo import MiMo
 from mimo_jax.quant.mxfp4 import quantize
-from mimo_jax.sharding import make_mesh
 from mimo_jax.train.pretrain import compute_params
 
 
@@ -58,11 +55,11 @@ def save_with_drafter(
     tokenizer: Path,
     notes: dict,
 ) -> Path:
-    """Writes a checkpoint of a target, its arrays as they are stored, and a drafter.
+    """Writes a checkpoint of a target, as it is stored, its MTP layers included, and a drafter.
 
     Args:
       folder: to write.
-      target: whose arrays are copied.
+      target: whose arrays are copied, and what it says on conversations.
       config: of the drafter.
       params: its float32 masters.
       dtype: to store it in.
@@ -76,7 +73,10 @@ def save_with_drafter(
         nest(stored_target(target)),
         config,
         nest(drafter),
+        mtp_config=target.mtp,
+        mtp_params=nest(stored_part(target, target.mtp.part)) if target.mtp else None,
         tokenizer=tokenizer,
+        carried=target.directory,
         notes=notes,
         overwrite=True,
     )
@@ -85,20 +85,10 @@ def save_with_drafter(
 
 def stored_target(checkpoint: store.Checkpoint) -> dict[str, np.ndarray]:
     """A checkpoint's target as it is stored: the same dtypes, codes and scales; on the host."""
-    model = nnx.eval_shape(
-        lambda: MiMo(checkpoint.config, nnx.Rngs(0), packed=checkpoint.packed, fp8=checkpoint.fp8)
-    )
-    entries = checkpoint.manifest.arrays
-    flat = [
-        (path, p.replace(jax.ShapeDtypeStruct(p.shape, _dtype(entries, path))))
-        for path, p in nnx.to_flat_state(nnx.state(model))
-    ]
-    abstract = nnx.from_flat_state(flat)
-    place = NamedSharding(make_mesh(1), PartitionSpec())
-    places = jax.tree.map(lambda _: place, abstract)
-    params, _ = store.load(checkpoint, (abstract, None), (places, None))
-    return flatten(params)
+    return stored_part(checkpoint, "target")
 
 
-def _dtype(entries: dict[str, Any], path: tuple) -> Any:
-    return jnp.dtype(entries[f"target.{'.'.join(map(str, path))}"].dtype)
+def stored_part(checkpoint: store.Checkpoint, part: str) -> dict[str, np.ndarray]:
+    """The same of its target, drafter or MTP layers."""
+    names = [name for name in checkpoint.manifest.arrays if name.startswith(f"{part}.")]
+    return {n.removeprefix(f"{part}."): v for n, v in store.read(checkpoint, names).items()}

@@ -18,7 +18,7 @@ from mimo_jax.train.config import TrainConfig, load_config
 from mimo_jax.train.sources import find_files, texts_of
 from mimo_jax.train.steps import Steps
 
-CHECKPOINT, RECIPE, TOKENIZER, DATA = "checkpoint", "recipe.toml", "tokenizer.json", "data"
+CHECKPOINT, RECIPE, TOKENIZER, DATA = store.FINISHED, "recipe.toml", "tokenizer.json", "data"
 """In a run's folder: the finished model, the whole configuration, the tokenizer, its tokens."""
 
 
@@ -35,7 +35,10 @@ def find_checkpoint(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise MimoError(f"{folder} is not a directory: give a checkpoint's or a run's folder.")
     unfinished = f"; its training is at step {Steps(folder).newest}" * bool(Steps(folder).newest)
-    raise MimoError(f"{folder} holds no checkpoint and no finished run{unfinished}.")
+    raise MimoError(
+        f"{folder} holds no checkpoint of ours and no finished run{unfinished}. `mimo convert` "
+        "makes one of a released checkpoint."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,13 @@ from pallas_kernels.attention.api import (
     block_attention,
     decode_attention,
     draft_attention,
+    write_context,
 )
 
-__all__ = ["MOST_TOKENS", "block_attention", "decode_attention", "draft_attention"]
+__all__ = [
+    "MOST_TOKENS",
+    "block_attention",
+    "decode_attention",
+    "draft_attention",
+    "write_context",
+]

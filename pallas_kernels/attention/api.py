@@ -5,11 +5,18 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention.checks import check_block, check_decode, check_draft, refusal
+from pallas_kernels.attention.checks import (
+    check_block,
+    check_context,
+    check_decode,
+    check_draft,
+    refusal,
+)
 from pallas_kernels.attention.reference import (
     block_attention_reference,
     decode_attention_reference,
     draft_attention_reference,
+    write_context_reference,
 )
 from pallas_kernels.choice import check_name, choose
 
@@ -133,14 +140,18 @@ def block_attention(
 
 
 def draft_attention(
-    q: Float[Array, "b t n h"],
-    own_keys: Float[Array, "b t k h"],
-    own_values: Float[Array, "b t k v"],
+    qkv: Float[Array, "b t k rows"],
+    query_norm: Float[Array, " h"],
+    key_norm: Float[Array, " h"],
+    cos: Float[Array, "b t r"],
+    sin: Float[Array, "b t r"],
     keys: Float[Array, "b k s h"],
     values: Float[Array, "b k s v"],
     start: Int32[Array, "b"],
     *,
     window: int,
+    value_scale: float,
+    epsilon: float,
     sink: Float[Array, "n"] | None = None,
     causal: bool = False,
     implementation: str = "auto",
@@ -148,39 +159,108 @@ def draft_attention(
 ) -> Float[Array, "b t n v"]:
     """Attention of a drafter's block to a ring of context, and to itself in both directions.
 
-    The ring holds positions before `start`, that of position p in row p % s, and is not written. On
-    a GPU it takes one launch.
+    From the projection on: the block's queries and keys get an RMS norm (in float32, rounded, times
+    the weight), are rotated in float32 and rounded; its values are scaled, in their type. The ring
+    holds positions before `start`, that of position p in row p % s, and is not written. On a GPU it
+    takes one launch.
 
     Args:
-      q: rotated queries of positions start, start + 1, ...
-      own_keys: the block's rotated keys.
-      own_values: its values.
-      keys: the context's rotated keys.
-      values: its values.
+      qkv: each key/value head's queries, its key and its value, side by side, of positions start,
+        start + 1, ...
+      query_norm: weights of each query head's norm.
+      key_norm: likewise for keys.
+      cos: as in `block_attention`.
+      sin: as in `block_attention`.
+      keys: the context's normed and rotated keys.
+      values: its scaled values.
       start: position of each sequence's first row.
       window: a row sees the context from its own position - window + 1 on; at least t.
+      value_scale: of the block's values; rounded to their type.
+      epsilon: of the norms.
       sink: as in `decode_attention`.
       causal: a row sees the block up to itself only.
       implementation: as in `decode_attention`.
       elsewhere: as in `block_attention`: a function of all arrays in this order, then `sink`.
 
     Returns:
-      weighted means in q's dtype.
+      weighted means in qkv's dtype.
 
     Raises:
       ValueError: on shapes or types that do not fit, or an unknown implementation.
       NotImplementedError: if "mosaic_gpu" cannot run here.
     """
-    check_draft(q, own_keys, own_values, keys, values, start, window, sink)
-    options = dict(window=window, causal=causal)
-    arrays = dict(q=q, own_keys=own_keys, own_values=own_values, keys=keys, values=values)
+    check_draft(qkv, query_norm, key_norm, cos, sin, keys, values, start, window, sink)
+    options = dict(value_scale=float(value_scale), epsilon=float(epsilon), causal=causal)
+    arrays = dict(qkv=qkv, query_norm=query_norm, key_norm=key_norm, keys=keys, values=values)
+    shaping = qkv, cos, keys, values, window, sink, *options.values()
     return _run(
         "draft_attention_mosaic",
-        options,
-        (*arrays.values(), start, sink),
-        reference=functools.partial(draft_attention_reference, **options),
+        dict(window=window, **options),
+        (qkv, query_norm, key_norm, cos, sin, keys, values, start, sink),
+        reference=functools.partial(draft_attention_reference, window=window, **options),
         elsewhere=elsewhere,
-        refused=_refusal(arrays, "draft_shape_of", q, keys, values, window, sink, causal),
+        refused=_refusal(arrays, "draft_shape_of", *shaping),
+        implementation=implementation,
+    )
+
+
+def write_context(
+    kv: Float[Array, "b t layers k _"],
+    key_norms: Float[Array, "layers h"],
+    cos: Float[Array, "b t r"],
+    sin: Float[Array, "b t r"],
+    keys: tuple[Float[Array, "b k s h"], ...],
+    values: tuple[Float[Array, "b k s v"], ...],
+    start: Int32[Array, "b"],
+    live: Int32[Array, "b"],
+    *,
+    value_scale: float,
+    epsilon: float,
+    implementation: str = "auto",
+    elsewhere: Callable | None = None,
+) -> tuple[tuple[Float[Array, "b k s h"], ...], tuple[Float[Array, "b k s v"], ...]]:
+    """Adds rows to the context of a drafter's layers: keys normed and rotated, values scaled.
+
+    The row of position p is row p % s of a ring. Rows that are not live are not written. On a GPU
+    it takes one launch for all layers, and no ring is copied if the caller's are not used
+    afterwards.
+
+    Args:
+      kv: of each layer and head, a key and a value side by side, as projected.
+      key_norms: each layer's weight of the keys' RMS norm.
+      cos: of each row's angles in float32, as in `block_attention`.
+      sin: likewise.
+      keys: each layer's ring.
+      values: likewise.
+      start: position of each sequence's first row.
+      live: rows that are written, first of the t.
+      value_scale: of the values; rounded to their type.
+      epsilon: of the norms.
+      implementation: as in `decode_attention`.
+      elsewhere: as in `block_attention`: a function of all arrays in this order.
+
+    Returns:
+      the rings.
+
+    Raises:
+      ValueError: on shapes or types that do not fit, or an unknown implementation.
+      NotImplementedError: if "mosaic_gpu" cannot run here.
+    """
+    check_context(kv, key_norms, cos, sin, keys, values, start, live)
+    options = dict(value_scale=float(value_scale), epsilon=float(epsilon))
+    rings = {f"{name}[{i}]": x for name, own in (("keys", keys), ("values", values))
+             for i, x in enumerate(own)}  # fmt: skip
+    return _run(
+        "write_context_mosaic",
+        options,
+        (kv, key_norms, cos, sin, keys, values, start, live),
+        reference=functools.partial(write_context_reference, **options),
+        elsewhere=elsewhere,
+        refused=_refusal(
+            dict(kv=kv, key_norms=key_norms, **rings),
+            "context_shape_of",
+            *(kv, cos, keys, values, *options.values()),
+        ),
         implementation=implementation,
     )
 

@@ -68,14 +68,42 @@ def check_block(qkv, cos, sin, keys, values, start, live, window, sink) -> None:
     check_decode(queries, keys, values, start, live, window, sink)
 
 
-def check_draft(q, own_keys, own_values, keys, values, start, window, sink) -> None:
+def check_draft(qkv, query_norm, key_norm, cos, sin, keys, values, start, window, sink) -> None:
     """Likewise for `api.draft_attention`: a block that is not in the ring."""
-    check_decode(q, keys, values, start, start, window, sink)
-    (b, t, _, h), k, v = q.shape, keys.shape[1], values.shape[3]
-    if own_keys.shape != (b, t, k, h) or own_values.shape != (b, t, k, v) or window < t:
+    check_block(qkv, cos, sin, keys, values, start, start, window, sink)
+    t, h = qkv.shape[1], keys.shape[3]
+    if query_norm.shape != (h,) or key_norm.shape != (h,):
         raise ValueError(
-            f"own_keys {own_keys.shape} and own_values {own_values.shape} must be "
-            f"{(b, t, k, h)} and {(b, t, k, v)}, window={window} at least {t}."
+            f"query_norm {query_norm.shape} and key_norm {key_norm.shape} must be [{h}]."
+        )
+    if window < t:
+        raise ValueError(f"window={window} must be at least t={t}.")
+
+
+def check_context(kv, key_norms, cos, sin, keys, values, start, live) -> None:
+    """Likewise for `api.write_context`: rows of several layers, and a ring of each."""
+    (b, t, layers, k, width), h = kv.shape, key_norms.shape[-1]
+    s, v = keys[0].shape[2] if keys else 0, width - h
+    if {str(cos.dtype), str(sin.dtype)} != {"float32"}:
+        raise ValueError(f"cos and sin are {cos.dtype} and {sin.dtype}: they must be float32.")
+    if not keys or len(keys) != layers or len(values) != layers or key_norms.shape != (layers, h):
+        raise ValueError(
+            f"kv {kv.shape} has {layers} layers; here are {len(keys)} rings of keys, {len(values)} "
+            f"of values, and key_norms {key_norms.shape}, which must be [{layers}, {h}]."
+        )
+    sizes = {x.shape for x in keys} | {x.shape for x in values}
+    if {x.shape for x in keys} != {(b, k, s, h)} or {x.shape for x in values} != {(b, k, s, v)}:
+        raise ValueError(
+            f"rings {sorted(sizes)} must all be [{b}, {k}, s, h] and [{b}, {k}, s, v], h + v = "
+            f"{width}, with one s: write those of other sizes apart."
+        )
+    if cos.shape != sin.shape or cos.shape[:2] != (b, t) or not 1 <= cos.shape[2] <= h // 2:
+        raise ValueError(
+            f"cos {cos.shape} and sin {sin.shape} must be [{b}, {t}, r], r at most {h // 2}."
+        )
+    if start.shape != (b,) or live.shape != (b,) or t > s:
+        raise ValueError(
+            f"start {start.shape} and live {live.shape} must be [{b}], and {t} rows fit {s}."
         )
 
 

@@ -63,11 +63,12 @@ class Combine:
         sequence = block // (self.t * self.n)
         (start,) = m.load(refs["start"], sequence, 4, 1)
         (live,) = m.load(refs["live"], sequence, 4, 1)
-        count = self.chunks.count(start + live, m.maximum)
         head = kv * group + row % group
+        logit = m.load(refs["sink"], head, 4, 1)[0] if self.sink else None
+        count = self.chunks.count(start + live, m.maximum)
         first = (sequence * self.k + kv) * self.chunks.most
         lane, warp = m.thread % 32, m.thread // 32
-        total = self._factors(m, refs, first, row, count, lane, warp, head)
+        total = self._factors(m, refs, first, row, count, lane, warp, logit)
         sums = self._sums(m, refs, first, row, count, lane, warp)
         here = m.const(self.v // 4) > lane
         m.store_shared(refs["sums"], (warp * (self.v // 4) + lane) * 4, sums, here)
@@ -82,7 +83,7 @@ class Combine:
         words = [m.pack(*whole[:2]), m.pack(*whole[2:])]
         m.store(refs["out"], at, 2, words, here & warp.equals(0))
 
-    def _factors(self, m, refs, first, row, count, lane, warp, head):
+    def _factors(self, m, refs, first, row, count, lane, warp, logit):
         """Puts each chunk's factor in shared memory; returns the sum of weights."""
         tops, totals, places = [], [], []
         for begin in range(0, self.chunks.most, 32 * WARPS):
@@ -99,7 +100,6 @@ class Combine:
             top = m.maximum(top, other)
         top = self._over_warps(m, refs["tops_shared"], top, lane, warp, m.maximum)
         if self.sink:
-            (logit,) = m.load(refs["sink"], head, 4, 1)
             logit = m.as_float(logit) * m.const(LOG2E)
             top = m.maximum(top, logit)
         total = m.const(0.0)

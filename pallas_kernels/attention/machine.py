@@ -148,15 +148,25 @@ class Machine:
         return [Reg(word) for word in found]
 
     def load_either(
-        self, condition: Reg, one, other, width: int, words: int, offset: int = 0
+        self,
+        condition: Reg,
+        one,
+        other,
+        width: int,
+        words: int,
+        offset: int = 0,
+        where: Reg | None = None,
     ) -> list[Reg]:
         """1, 2 or 4 words of one (reference, index) where the condition holds, else of the other.
+
+        Zeros if not `where`.
 
         Two loads, of which each lane needs one, would wait for each other: their registers are the
         same.
         """
         places = [ptx.address(ref, index.value, width) for ref, index in (one, other)]
-        return self._load_at(arith.select(condition.value, *places), offset * width, words)
+        place = arith.select(condition.value, *places)
+        return self._load_at(place, offset * width, words, where)
 
     def store(
         self, ref, index: Reg, width: int, words: Sequence[Reg], where: Reg, offset: int = 0
@@ -178,6 +188,10 @@ class Machine:
         text = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p prefetch.global.L2 [$1]; }"
         operands = [ptx.flag(where.value), ptx.address(ref, index.value, width)]
         ptx.asm(None, operands, text, "r,l", effects=True)
+
+    def touch(self, ref, index: Reg, width: int, where: Reg) -> None:
+        """Brings a word of global memory, and its neighbours, to the first-level cache."""
+        self.load(ref, index, width, 1, where)
 
     def load_shared(self, ref, index: Reg, count: int) -> list[Reg]:
         """1, 2 or 4 floats of shared memory."""
@@ -217,6 +231,10 @@ class Machine:
     def exp2(self, x: Reg) -> Reg:
         """2^x."""
         return Reg(ptx.asm(ptx.f32(), [x.value], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
+
+    def rsqrt(self, x: Reg) -> Reg:
+        """1 / sqrt(x)."""
+        return Reg(ptx.rsqrt(x.value))
 
     def whole(self, x: Reg) -> Reg:
         """The nearest whole number."""

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels.attention import chunked, draft, ring, ring_block, turn
+from pallas_kernels.attention import chunked, context, draft, ring, ring_block, turn
 
 
 def shape_of(
@@ -41,11 +41,16 @@ def block_attention_mosaic(qkv, cos, sin, keys, values, start, live, sink, *, wi
     return attend(shape, qkv, cos, sin, keys, values, start, live, sink)
 
 
+context_shape_of, write_context_mosaic = context.shape_of, context.write_context_mosaic
 draft_shape_of = draft.shape_of
 
 
-@functools.partial(jax.jit, static_argnames=("window", "causal"))
-def draft_attention_mosaic(q, own_keys, own_values, keys, values, start, sink, *, window, causal):
+@functools.partial(jax.jit, static_argnames=("window", "value_scale", "epsilon", "causal"))
+def draft_attention_mosaic(
+    qkv, query_norm, key_norm, cos, sin, keys, values, start, sink,
+    *, window, value_scale, epsilon, causal,
+):  # fmt: skip
     """See `api.draft_attention`."""
-    shape = draft_shape_of(q, keys, values, window, sink, causal)
-    return draft.draft_ring(shape, q, own_keys, own_values, keys, values, start, sink)
+    shape = draft_shape_of(qkv, cos, keys, values, window, sink, value_scale, epsilon, causal)
+    arrays = qkv, query_norm, key_norm, cos, sin, keys, values, start
+    return draft.draft_ring(shape, *arrays, sink)

@@ -68,10 +68,16 @@ def block_attention_reference(
 
 
 def draft_attention_reference(
-    q, own_keys, own_values, keys, values, start, sink, *, window, causal
-):
+    qkv, query_norm, key_norm, cos, sin, keys, values, start, sink,
+    *, window, value_scale, epsilon, causal,
+):  # fmt: skip
     """Context and block side by side; see `draft_attention`."""
-    t, s = q.shape[1], keys.shape[2]
+    (b, t, _, width), s, h = qkv.shape, keys.shape[2], keys.shape[3]
+    split = width - h - values.shape[3]
+    q = qkv[..., :split].reshape(b, t, -1, h)
+    q = _rotated(_normed(q, query_norm, epsilon), cos, sin)
+    own_keys = _rotated(_normed(qkv[..., split : split + h], key_norm, epsilon), cos, sin)
+    own_values = qkv[..., split + h :] * jnp.asarray(value_scale, qkv.dtype)
     # As a cache that begins with the context's oldest row: its positions ascend.
     first = start[:, None] - s + jnp.arange(s, dtype=jnp.int32)
     sorted_ = (first % s)[:, None, :, None]
@@ -84,6 +90,35 @@ def draft_attention_reference(
     seen = (place <= (token if causal else t - 1)) & (place > token - window)
     seen = seen[None] & (start[:, None, None] + place >= 0)
     return attend_reference(q, keys, values, seen, sink)
+
+
+def write_context_reference(
+    kv, key_norms, cos, sin, keys, values, start, live, *, value_scale, epsilon
+):
+    """Layer after layer; see `write_context`."""
+    (b, t, layers), found = kv.shape[:3], []
+    for i in range(layers):
+        new, h, s = kv[:, :, i], keys[i].shape[3], keys[i].shape[2]
+        own = _rotated(_normed(new[..., :h], key_norms[i], epsilon), cos, sin)
+        scaled = new[..., h:] * jnp.asarray(value_scale, new.dtype)
+        slots = jnp.arange(t, dtype=jnp.int32)
+        # A row that is not live has a place of its own past the end, where nothing is written.
+        place = jnp.where(slots < live[:, None], (start[:, None] + slots) % s, s + slots)
+        where = jnp.arange(b)[:, None], slice(None), place
+        found.append(
+            [
+                ring.at[where].set(rows.astype(ring.dtype), mode="drop", unique_indices=True)
+                for ring, rows in ((keys[i], own), (values[i], scaled))
+            ]
+        )
+    return tuple(zip(*found, strict=True))
+
+
+def _normed(x, weight, epsilon):
+    """x over its root mean square in float32, rounded, times the weight."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide / jnp.sqrt(mean + epsilon)).astype(x.dtype) * weight.astype(x.dtype)
 
 
 def _rotated(x, cos, sin):

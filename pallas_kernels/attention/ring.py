@@ -73,6 +73,8 @@ class Ring:
 
     name = "attention_ring"
     """Of the kernel."""
+    ranks = None
+    """Thread blocks of a cluster, where a tile of query rows has one."""
 
     @property
     def group(self) -> int:
@@ -129,6 +131,7 @@ class Ring:
             inputs,
             jax.ShapeDtypeStruct((self.b, self.t, self.n, self.v), dtype),
             blocks=self.b * self.k * self.tiles,
+            ranks=self.ranks,
             warps=4 * self.warpgroups,
             shared=self.shared,
             name=self.name,
@@ -299,19 +302,27 @@ class Ring:
         pieces = self._pieces_of_share
         for begin in range(0, pieces, 128 * self.warpgroups):
             piece = m.thread + begin
-            there = m.const(pieces) > piece
-            piece = m.minimum(piece, pieces - 1)
-            lane, q = piece % 32, piece // 32
-            row = lane // 4 + (q // (self.v // 16)) * 8
-            place = tile * self.rows + row
-            there = there & (m.const(self.t * self.group) > place)
-            place = m.minimum(place, self.t * self.group - 1)
-            token, head = place // self.group, kv * self.group + place % self.group
-            mixed = self._together(m, refs, piece, row, head)
-            column = self._column(m, q % (self.v // 16), lane % 4)
-            words = [m.pack(*mixed[:2]), m.pack(*mixed[2:])]
-            at = ((sequence * self.t + token) * self.n + head) * self.v + column
-            m.store(refs["out"], at, 2, words, there)
+            self._finish_piece(m, refs, sequence, kv, tile, piece)
+
+    def _finish_piece(self, m, refs, sequence, kv, tile, piece):
+        """Four columns of a row."""
+        there = m.const(self._pieces_of_share) > piece
+        piece = m.minimum(piece, self._pieces_of_share - 1)
+        lane, q = piece % 32, piece // 32
+        row = lane // 4 + (q // (self.v // 16)) * 8
+        place = tile * self.rows + row
+        there = there & (m.const(self.t * self.group) > place)
+        place = m.minimum(place, self.t * self.group - 1)
+        token, head = place // self.group, kv * self.group + place % self.group
+        mixed = self._together(m, refs, piece, row, head)
+        column = self._column(m, q % (self.v // 16), lane % 4)
+        words = [m.pack(*mixed[:2]), m.pack(*mixed[2:])]
+        at = ((sequence * self.t + token) * self.n + head) * self.v + column
+        self._write(m, refs, at, words, there)
+
+    def _write(self, m, refs, at, words, there):
+        """Writes four columns of a row."""
+        m.store(refs["out"], at, 2, words, there)
 
     @property
     def _pieces_of_share(self) -> int:
@@ -327,11 +338,15 @@ class Ring:
             found = m.where(m.const(4 * whole) > q, found, rest)
         return found
 
-    def _logit(self, m, refs, head):
-        """A head's sink."""
+    def _load_sink(self, m, refs, head):
+        """Starts to load a head's sink, and of two bytes its neighbour's with it."""
+        first = head if self.sink_bytes == 4 else head - head % 2
+        return m.load(refs["sink"], first, self.sink_bytes, 1)[0]
+
+    def _logit(self, m, word, head):
+        """A head's sink, of what was loaded."""
         if self.sink_bytes == 4:
-            return m.as_float(m.load(refs["sink"], head, 4, 1)[0])
-        (word,) = m.load(refs["sink"], head - head % 2, 2, 1)
+            return m.as_float(word)
         low, high = m.unpack(word)
         return m.where((head % 2).equals(0), low, high)
 
@@ -346,7 +361,7 @@ class Ring:
             top = m.maximum(top, other)
         total = m.const(0.0)
         if self.sink:
-            logit = self._logit(m, refs, head) * m.const(LOG2E)
+            logit = self._logit(m, self._load_sink(m, refs, head), head) * m.const(LOG2E)
             top = m.maximum(top, logit)
             total = m.exp2(logit - top)
         mixed = [m.const(0.0)] * 4
@@ -356,8 +371,8 @@ class Ring:
             total = m.fma(weight, factor, total)
             sums = m.load_shared(refs["sums"], (piece + share * self._pieces_of_share) * 4, 4)
             mixed = [m.fma(a, factor, b) for a, b in zip(sums, mixed, strict=True)]
-        total = m.maximum(total, m.const(1e-30))
-        return [value / total for value in mixed]
+        share = m.const(1.0) / m.maximum(total, m.const(1e-30))
+        return [value * share for value in mixed]
 
 
 def columns_of(h: int, c):

@@ -14,6 +14,13 @@ def block_sizes_of(qkv, keys, values) -> tuple[int, ...]:
     return b, t, k * ((qkv.shape[3] - v) // h - 1), h, v, k, s
 
 
+def places_misfit(rows: int, *sizes: int) -> str | None:
+    """Why lanes, which count in 32 bits, cannot number a cache's elements, rows of such sizes."""
+    if rows * max(sizes) < 2**31:
+        return None
+    return f"a cache of {rows} rows of {max(sizes)}; their product must be less than 2^31"
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """One device's share of a layer: n query heads of h, k key/value heads, values of v.

@@ -13,7 +13,7 @@ from pallas_kernels.attention import rotary
 from pallas_kernels.attention.chunked import Chunked, Launch, attend_rows
 from pallas_kernels.attention.launch import launch_lanes
 from pallas_kernels.attention.ring import columns_of
-from pallas_kernels.attention.shapes import block_sizes_of
+from pallas_kernels.attention.shapes import block_sizes_of, places_misfit
 
 WARPS = 4
 HEADS = 8 * WARPS
@@ -36,7 +36,9 @@ class Turn:
 
     def misfit(self) -> str | None:
         """Why the kernels cannot take these shapes."""
-        return self.attention.misfit() or rotary.misfit(self.attention.h, self.half)
+        of = self.attention
+        places = places_misfit(of.b * of.k * of.s, of.h, of.v)
+        return of.misfit() or places or rotary.misfit(of.h, self.half)
 
     @property
     def heads(self) -> int:

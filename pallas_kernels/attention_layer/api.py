@@ -7,11 +7,9 @@ import jax
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.attention.checks import check_block, refusal
+from pallas_kernels.attention_layer.exchange import MOST_TOKENS, flag_words
 from pallas_kernels.attention_layer.reference import attention_layer_reference
 from pallas_kernels.choice import check_name, choose, whole_layers_wanted
-
-MOST_TOKENS = 8
-"""Rows of all sequences together that the kernel takes."""
 
 
 def attention_layer(
@@ -41,8 +39,8 @@ def attention_layer(
 ):
     """output(attention(qkv(norm(h)))) of a block against a window's ring, to which it is written.
 
-    "reference" is plain jnp. "mosaic_gpu" is one launch for Hopper, whose thread blocks meet twice:
-    all of them must be resident. "auto" takes it in programs for GPUs that are traced inside
+    "reference" is plain jnp. "mosaic_gpu" is one launch for Hopper, whose thread blocks wait for
+    each other's results: all must be resident. "auto" takes it in programs for GPUs traced inside
     `choice.whole_layers`, and else what the caller has instead.
 
     Args:
@@ -59,8 +57,9 @@ def attention_layer(
       sink: a logit for each head.
       output: the output projection.
       output_scale: of FP8 codes.
-      flags: words for the kernel alone, zeros when made; launches that use the same do not overlap.
-      word: the first of the 8 that it takes.
+      flags: `flag_words` words for the kernel alone, zeros when made. Launches that use the same
+        do not overlap, and have the same sizes but for b and t.
+      word: the first that it takes, a multiple of 4.
       window: keys that a query sees.
       value_scale: of values.
       epsilon: of the norm.
@@ -70,8 +69,7 @@ def attention_layer(
       elsewhere: with "auto", what takes the reference's place; of all arguments up to output_scale.
 
     Returns:
-      [b, t, d], and both caches. Within one implementation a row's bits depend on nothing but the
-      row and what it attends to.
+      [b, t, d], and both caches. In one implementation a row's bits depend on what it sees alone.
 
     Raises:
       ValueError: on shapes or types that do not fit, or an unknown implementation.
@@ -82,8 +80,8 @@ def attention_layer(
     options = dict(window=window, value_scale=float(value_scale), epsilon=epsilon, stream=stream)
     instead = implementation == "auto" and elsewhere is not None
     reference = elsewhere if instead else functools.partial(attention_layer_reference, **options)
-    arguments = h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink, output
-    arguments = *arguments, output_scale
+    projected = h, norm, qkv, qkv_scale, cos, sin, keys, values, start, live, sink
+    arguments = *projected, output, output_scale
     if implementation == "auto" and not whole_layers_wanted():
         return reference(*arguments)
     return choose(
@@ -91,7 +89,7 @@ def attention_layer(
         (*arguments, flags, ahead),
         kernel=functools.partial(_kernel, word=word, **options),
         reference=lambda *arguments: reference(*arguments[:-2]),
-        refusal=_refusal(arguments, flags, window, value_scale),
+        refusal=_refusal(arguments, flags, word, window, value_scale),
         without="A window layer's attention runs in several launches",
     )
 
@@ -110,15 +108,20 @@ def _kernel(h, *others, **options):
     return found["y"].reshape(h.shape), keys, values
 
 
-def _refusal(arguments, flags, window, value_scale) -> Exception | None:
+def _refusal(arguments, flags, word, window, value_scale) -> Exception | None:
     """Why "mosaic_gpu" cannot run."""
     h, _, qkv, _, cos, _, keys, values, _, _, sink, output, _ = arguments
-    rows = h.shape[0] * h.shape[1]
+    rows, words = h.shape[0] * h.shape[1], flag_words(qkv.shape[0], output.shape[1])
     if flags is None or rows > MOST_TOKENS:
         return ValueError(
             f"implementation='mosaic_gpu' takes at most {MOST_TOKENS} rows, and flags; here are "
             f"{rows} rows and flags={flags if flags is None else flags.shape}: use "
             "implementation='reference'."
+        )
+    if flags.shape[0] < word + words or word % 4:
+        return ValueError(
+            f"implementation='mosaic_gpu' takes {words} flags of these sizes from word={word} on, "
+            f"a multiple of 4; here are {flags.shape[0]}: make as many zeros as `flag_words` says."
         )
 
     def shape():

@@ -5,11 +5,12 @@ waits for the blocks to meet: while attention is under way, the output projectio
 So a launch costs one start and two meetings instead of three starts, at each of which memory would
 be idle.
 
-All blocks must be resident: they meet twice. First, when the projection is written: the few blocks
-that attend wait for all. Then, when the heads are written: all wait for these few. The finisher
-comes for its block, and waits for it. Beside the barriers of `linear.block` there are, each with
-one phase, `projected` and `there`, at which the finisher arrives when the blocks have met, and
-`attended`, at which the warpgroups that attend do when their heads are written.
+All blocks must be resident: what some write, others read in the same launch (`exchange`). First the
+projection, which the few blocks that attend take: each its own queries and all new rows, no more.
+Then the heads, which all take. No block waits for more than the words that it needs. Beside the
+barriers of `linear.block` there are, each with one phase and the finisher's arrival, `begun`, when
+it knows which half of the exchange is this launch's, and `projected`, when what its block attends
+with is in shared memory.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.ring_block import RingBlock
+from pallas_kernels.attention_layer.exchange import Exchange
 from pallas_kernels.linear.block import Block
 from pallas_kernels.linear.plan import Plan
 from pallas_kernels.roles import consumer_registers, run_roles
@@ -31,8 +33,6 @@ SHARED_BYTES = 225 * 1024
 """Of 227 KB that a thread block can have; the rest is for barriers."""
 FINISHER_REGISTERS = 40
 """Less than a `linear` has: those that attend need more."""
-PROJECTED, THERE = 0, 4
-"""Words at which blocks meet; not in one sector of the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Layer:
       output: the projection of heads, after the first in the same ring of stages.
       together: hooks of what concerns several blocks, and of attention.
       blocks: of the grid.
-      word: the first of the flags that they use.
       stream: whether the rows are added to the result.
     """
 
@@ -54,7 +53,6 @@ class Layer:
     output: Block
     together: typing.Any
     blocks: int
-    word: int = 0
     stream: bool = False
 
     @property
@@ -70,9 +68,10 @@ class Layer:
     def parts(self, refs):
         """What each matrix's block takes for its own."""
         common = {name: refs[name] for name in ("ring", "sums", *self.places)}
-        first = dict(x=refs["h"], weight=refs["qkv_weight"], out=refs["qkv"])
+        exchanged = self.together.exchanged(refs)
+        first = dict(x=refs["h"], weight=refs["qkv_weight"], out=exchanged["qkv"])
         first |= {name: refs[name] for name in ("norm", "norms", "norm_here")}
-        second = dict(x=refs["heads_seen"], weight=refs["output_weight"], out=refs["y"])
+        second = dict(x=exchanged["heads"], weight=refs["output_weight"], out=refs["y"])
         for part, name in ((first, "qkv_scale"), (second, "output_scale")):
             if name in refs:
                 part["scale"] = refs[name]
@@ -85,8 +84,7 @@ class Layer:
     @property
     def barriers(self) -> list[tuple[str, int, int]]:
         """Name, number, and warpgroups that arrive; none where a copy does."""
-        more = [("projected", 1, 1), ("attended", 1, self.ring.warpgroups), ("there", 1, 1)]
-        return [*self.projection.barriers(True), *more]
+        return [*self.projection.barriers(True), ("begun", 1, 1), ("projected", 1, 1)]
 
     @property
     def places(self) -> list[str]:
@@ -97,6 +95,9 @@ class Layer:
         """Copies both matrices' stages."""
         first, second = self.parts(refs)
         self.projection.copy_stages(first)
+        # What is taken of the projection would queue behind all copies under way.
+        attends = lax.axis_index("cta") < self.tiles
+        pl.when(attends)(lambda: self.output.hooks.wait(refs["projected"], 0, 0))
         self.output.copy_stages(second)
         self.output.bring_ahead(second)
         self.output.see_stages_read(second)
@@ -108,34 +109,25 @@ class Layer:
         attends = (block < self.tiles) & (group < self.ring.warpgroups)
         pl.when(attends)(lambda: self.together.bring(self.ring, refs, block))
         self.projection.multiply_stages(first)
-
-        @pl.when(attends)
-        def _():
-            # It waits for `projected` itself, after what it can load before.
-            self.together.attend(self.ring, refs, block)
-            hooks.arrive(refs["attended"], 0)
-
-        hooks.wait(refs["there"], 0, 0)
+        hooks.wait(refs["begun"], 0, 0)
+        # It waits for `projected` itself, after what it can load before.
+        pl.when(attends)(lambda: self.together.attend(self.ring, refs, block))
         self.output.multiply_stages(second)
         self.output.see_sums_read(second)
 
     def finish(self, refs):
-        """Writes what the consumers put down, and meets the other blocks in between."""
+        """Writes what the consumers put down, and takes what they attend with in between."""
         (first, second), hooks = self.parts(refs), self.output.hooks
-        block, together = lax.axis_index("cta"), self.together
+        block = lax.axis_index("cta")
+        self.together.begin(refs, block)
+        hooks.arrive(refs["begun"], 0)
         self.projection.finish(first)
-        projected, there = self.word + PROJECTED, self.word + THERE
-        before = together.come(refs["flags"], projected, block)
 
         @pl.when(block < self.tiles)
         def _():
-            together.wait_for_all(refs["flags"], projected, before)
+            self.together.take(self.ring, refs, block)
             hooks.arrive(refs["projected"], 0)
-            hooks.wait(refs["attended"], 0, 0)
 
-        before = together.come(refs["flags"], there, block)
-        together.wait_for_all(refs["flags"], there, before)
-        hooks.arrive(refs["there"], 0)
         self.output.finish(second)
 
     def run(self, refs):
@@ -153,6 +145,7 @@ class Layer:
             sums=plgpu.SMEM((2, groups, floats // groups), jnp.float32),
             norms=plgpu.SMEM((plan.warps, 16), jnp.float32),
             norm_here=plgpu.SMEM((plan.columns,), jnp.bfloat16),
+            turn=plgpu.SMEM((1,), jnp.int32),
             **{f"ring_{k}": plgpu.SMEM((n,), jnp.float32) for k, n in self.ring.shared.items()},
             **self.output.hooks.barrier_types(self.barriers),
         )
@@ -160,22 +153,16 @@ class Layer:
     def call(self, inputs: dict, seen: dict, interpret) -> dict:
         """Launches on named inputs; outputs by name.
 
-        `seen` are what blocks read of what others write: the outputs themselves, but where blocks
-        run one after another.
+        Where blocks run one after another, projection and heads are among the outputs, and `seen`
+        are those of the launch before, which this one reads.
         """
-        ring, t = self.ring, self.ring.b * self.ring.t
-        outputs = dict(
-            qkv=jax.ShapeDtypeStruct((1, t, self.projection.plan.rows), jnp.bfloat16),
-            heads=jax.ShapeDtypeStruct((t, ring.n * ring.v), jnp.bfloat16),
-            y=jax.ShapeDtypeStruct((1, t, self.output.plan.rows), jnp.bfloat16),
-        )
+        t = self.ring.b * self.ring.t
+        outputs = self.together.outputs(self)
+        outputs["y"] = jax.ShapeDtypeStruct((1, t, self.output.plan.rows), jnp.bfloat16)
         names = [*inputs, *seen, *outputs]
 
         def body(*arguments, **scratch):
-            refs = dict(zip(names, arguments, strict=True)) | scratch
-            for name in ("qkv", "heads"):
-                refs.setdefault(f"{name}_seen", refs[name])
-            self.run(refs)
+            self.run(dict(zip(names, arguments, strict=True)) | scratch)
 
         kernel = plgpu.kernel(
             body,
@@ -209,4 +196,11 @@ def misfit(projection: Plan | None, output: Plan | None, ring: RingBlock) -> str
         return f"{ring.shares} warps of keys, more than the {projection.warps} that multiply"
     if stages_of(projection, output, ring) < 3:
         return "the ring would have less than 3 stages"
-    return None
+    if projection.block_rows % 2 or projection.rows % 2:
+        return f"{projection.rows} rows, {projection.block_rows} a block: words hold two of them"
+    return exchange_of(projection, output).misfit()
+
+
+def exchange_of(projection: Plan, output: Plan, word: int = 0) -> Exchange:
+    """What a launch of these matrices exchanges."""
+    return Exchange(projection.rows, output.columns, word)

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.reference import block_attention_reference
+from pallas_kernels.attention_layer.exchange import Exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +20,25 @@ class Together:
     """
 
     blocks: int
+    exchange: Exchange
 
-    def come(self, flags_ref, word, block):
-        """Nobody waits."""
-        return jnp.int32(0)
+    def outputs(self, layer) -> dict:
+        """Projection and heads, for the next launch to see."""
+        part, t = self.exchange, layer.ring.b * layer.ring.t
+        return dict(
+            qkv=jax.ShapeDtypeStruct((1, t, part.rows), jnp.bfloat16),
+            heads=jax.ShapeDtypeStruct((t, part.columns), jnp.bfloat16),
+        )
 
-    def wait_for_all(self, flags_ref, word, before):
-        """Nothing to wait for."""
+    def exchanged(self, refs) -> dict:
+        """What is written of the projection, and seen of the heads."""
+        return dict(qkv=refs["qkv"], heads=refs["heads_seen"])
+
+    def begin(self, refs, block):
+        """There are no halves."""
+
+    def take(self, ring, refs, block):
+        """Nothing: `attend` reads what it needs."""
 
     def bring(self, ring, refs, block):
         """Nothing: the interpreter has no caches."""

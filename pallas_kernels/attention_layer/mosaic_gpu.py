@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.attention.ring_block import shape_of
-from pallas_kernels.attention_layer.block import Layer, misfit, stages_of
+from pallas_kernels.attention_layer.block import Layer, exchange_of, misfit, stages_of
 from pallas_kernels.attention_layer.narrow import NarrowRing
 from pallas_kernels.linear.block import Block
 from pallas_kernels.linear.plan import Plan
@@ -39,8 +39,12 @@ def plans_for(rows: int, columns: int, itemsize: int, d: int, inner: int, output
 
 
 def _try(rows, columns, itemsize, warps, parts, tiles) -> Plan | None:
+    """A plan, each of whose blocks has an even number of rows: two are one word to exchange."""
     try:
-        return Plan(rows, columns, itemsize, 1, warps, parts, tiles)
+        plan = Plan(rows, columns, itemsize, 1, warps, parts, tiles)
+        if plan.block_rows % 2:
+            plan = dataclasses.replace(plan, ctas=-(-rows // (plan.block_rows + 1)))
+        return plan
     except ValueError:
         return None
 
@@ -116,10 +120,9 @@ def make_layer(
 ) -> Layer:
     """The launch; arguments as of `attention_layer_mosaic`."""
     if hooks is None:
-        from pallas_kernels.attention_layer.lanes import Together
-        from pallas_kernels.linear.lanes import Lanes
+        from pallas_kernels.attention_layer.lanes import ExchangingLanes, Together
 
-        hooks = Lanes, Together
+        hooks = ExchangingLanes, Together
     (first, second, ring), (lanes, together) = cuts, hooks
     t, stages = ring.b * ring.t, stages or stages_of(*cuts)
     units = [
@@ -128,8 +131,7 @@ def make_layer(
     ]
     projection = Block(first, lanes(first, t, units[0], epsilon), ring=stages)
     before = first.copies, first.steps
-    # The heads are written during the launch.
-    own = lanes(second, t, units[1], constant=False)
-    output = Block(second, own, ahead_bytes, before=before, ring=stages)
+    output = Block(second, lanes(second, t, units[1]), ahead_bytes, before=before, ring=stages)
     blocks = max(first.groups, second.groups, ring.b * ring.k * ring.tiles)
-    return Layer(projection, ring, output, together(blocks), blocks, word, stream)
+    together = together(blocks, exchange_of(first, second, word))
+    return Layer(projection, ring, output, together, blocks, stream)

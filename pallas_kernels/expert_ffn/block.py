@@ -1,6 +1,6 @@
 """A thread block of one pass: a ring of stages, the roles of its warps, its share of work.
 
-pallas_kernels/README.md draws it.
+The README of this folder draws it.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Both passes in one launch, for at most 8 tokens: thread blocks take units of work in turn.
 
-None waits for all others before the end. pallas_kernels/README.md draws it.
+None waits for all others before the end. The README of this folder draws it.
 """
 
 import dataclasses

@@ -246,8 +246,20 @@ class KernelWeights:
     down_plan: Plan = dataclasses.field(metadata=dict(static=True))
 
 
-def pack_experts(weights, gate_up_plan: Plan | None = None, down_plan: Plan | None = None):
+def pack_experts(
+    weights,
+    gate_up_plan: Plan | None = None,
+    down_plan: Plan | None = None,
+    *,
+    more_words: int = 0,
+):
     """`ExpertWeights` in MXFP4 to `KernelWeights`, once, when a checkpoint is opened or converted.
+
+    Args:
+      weights: in a checkpoint's order.
+      gate_up_plan: how the matrix is cut; by default as `plan_for` says.
+      down_plan: likewise.
+      more_words: of `barrier`, for other kernels.
 
     Raises:
       ValueError: if the weights are dense, or no plan fits their shape.
@@ -263,7 +275,7 @@ def pack_experts(weights, gate_up_plan: Plan | None = None, down_plan: Plan | No
     return KernelWeights(
         pack(interleave(weights.gate_up), interleave(weights.gate_up_scale), gate_up_plan),
         pack(weights.down, weights.down_scale, down_plan),
-        xp.zeros(BARRIER_WORDS, xp.uint32),
+        xp.zeros(BARRIER_WORDS + more_words, xp.uint32),
         gate_up_plan,
         down_plan,
     )

@@ -18,7 +18,6 @@ class Interpreted:
     t: int
     unit: int = 0
     epsilon: float = 0.0
-    constant: bool = True
 
     @staticmethod
     def barrier_types(barriers) -> dict:

@@ -12,8 +12,9 @@ The four words of a product's weights are, for a lane, rows g and g + 8 of two p
 each. Here all four are of row g: words 0 and 2 as row g, words 1 and 3 as "row g + 8". One product
 with x for words 0 and 2 gives sums of which the first half is wanted, one with x for words 1 and 3
 gives sums of which the second half is; the other halves are never looked at. That is twice the
-products that there must be, which cost nothing where memory is the limit, and no instruction to
-bring words in order. A tile is then 8 rows, so that whole rows, contiguous, make a small stage.
+products that there must be, and no instruction to bring words in order. A tile is then 8 rows, so
+that whole rows, contiguous, make a small stage. Where a step has an even number of tiles, words 0
+and 2 of two tiles' rows make one product, words 1 and 3 the other: the same sums by half as many.
 """
 
 import dataclasses
@@ -45,14 +46,12 @@ class Lanes:
       t: tokens, at most `plan.tokens`.
       unit: rows that share a scale; FP8.
       epsilon: of the norm, if there is one.
-      constant: whether x is there before the launch.
     """
 
     plan: Plan
     t: int
     unit: int = 0
     epsilon: float = 0.0
-    constant: bool = True
 
     @property
     def halves(self) -> int:
@@ -174,7 +173,7 @@ class Lanes:
 
                 def load(at, row=row, flag=flag):
                     place = ptx.address(x, ptx.add(row, at), 2)
-                    return memory.load_row(place, flag, self.constant)
+                    return memory.load_row(place, flag)
 
                 words += self._row(columns, lane, load)
             return carriers.carry_values(words, signed=True)
@@ -321,35 +320,42 @@ class Lanes:
         at = ptx.mul(warp, plan.part_columns * plan.itemsize)
         at = ptx.add(at, ptx.mul(ptx.and_(lane, 3), 16))
         base = ptx.offset(ptx.address(stage, 0, 1), ptx.add(at, ptx.mul(ptx.shr(lane, 2), pitch)))
-        in_part = plan.segments // plan.parts
-        out = []
-        for tile in range(plan.tiles):
-            total = old[kept * tile : kept * (tile + 1)] if old else None
+        in_part, together = plan.segments // plan.parts, 2 - plan.tiles % 2
+        totals = [old[kept * t : kept * (t + 1)] if old else None for t in range(plan.tiles)]
+        for first_tile in range(0, plan.tiles, together):
+            tiles = range(first_tile, first_tile + together)
             for segment in range(in_part):
-                start = TILE * tile * pitch + segment * plan.segment * plan.itemsize
+                starts = [TILE * t * pitch + segment * plan.segment * plan.itemsize for t in tiles]
                 first = part * plan.part_columns + segment * plan.segment
-                fresh = self._segment(base, start, x, first // 16)
-                nth = tile * plan.segments + part * in_part + segment
-                scale = arithmetic.rest(scales[nth]) if scales else None
-                total = arithmetic.accumulate(total, fresh, scale)
-            out += total
-        return out
+                fresh = self._segment(base, starts, x, first // 16)
+                for tile, found in zip(tiles, fresh, strict=True):
+                    nth = tile * plan.segments + part * in_part + segment
+                    scale = arithmetic.rest(scales[nth]) if scales else None
+                    totals[tile] = arithmetic.accumulate(totals[tile], found, scale)
+        return [value for total in totals for value in total]
 
-    def _segment(self, base, start, x, k):
-        """Sums of a tile's row g over a segment, from the k-th 16 columns of the slice, by token.
+    def _segment(self, base, starts, x, k):
+        """Sums of row g of one or two tiles over a segment, from the k-th 16 columns of the slice.
 
-        Tokens 2 c and 2 c + 1, and with 16 tokens 2 c + 8 and 2 c + 9.
+        By token: 2 c and 2 c + 1, and with 16 tokens 2 c + 8 and 2 c + 9.
         """
         sums = [[[ptx.float32(0.0)] * 4 for _ in range(2)] for _ in range(self.halves)]
         for block in range(self.plan.segment // self.block):
-            words = ptx.load_values(base, start + 64 * block, 4, ptx.i32())
-            for quad in arithmetic.quads(words) if self.fp8 else [words]:
+            words = [ptx.load_values(base, start + 64 * block, 4, ptx.i32()) for start in starts]
+            quads = [arithmetic.quads(four) if self.fp8 else [four] for four in words]
+            for some in zip(*quads, strict=True):
                 for way in (0, 1):
                     for half in range(self.halves):
                         at = half * len(x) // self.halves + 2 * k
-                        sums[half][way] = arithmetic.product(quad, x[at : at + 2], sums[half][way])
+                        operands = _rows(some, way), x[at : at + 2], sums[half][way]
+                        sums[half][way] = arithmetic.product(*operands)
                     k += 1
-        return [arith.addf(first[i], second[2 + i]) for first, second in sums for i in (0, 1)]
+        # Of one tile, words 1 and 3 are in the place of the other's.
+        places = ((0, 0), (2, 2)) if len(starts) == 2 else ((0, 2),)
+        return [
+            [arith.addf(one[a + i], other[b + i]) for one, other in sums for i in (0, 1)]
+            for a, b in places
+        ]
 
     def put(self, sums, ref):
         """Leaves a warpgroup's sums of a step in shared memory: tile, thread, values."""
@@ -446,3 +452,11 @@ class Lanes:
             values = ptx.load_values(base, at, kept, ptx.f32())
             total = values if total is None else arithmetic.accumulate(total, values, None)
         return total
+
+
+def _rows(quads, way):
+    """Words of a product: of one tile all four, of two tiles words `way` and `way` + 2 of both."""
+    if len(quads) == 1:
+        return quads[0]
+    low, high = quads
+    return low[way], high[way], low[way + 2], high[way + 2]

@@ -13,8 +13,8 @@ _COPY = (
     "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], $6, [$1];\n}"
 )
 _LOAD_ROW = (
-    "{{\n.reg .pred p;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\nmov.b32 $2, 0;\nmov.b32 $3, 0;\n"
-    "setp.ne.s32 p, $5, 0;\n@p ld.global{}.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}"
+    "{\n.reg .pred p;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\nmov.b32 $2, 0;\nmov.b32 $3, 0;\n"
+    "setp.ne.s32 p, $5, 0;\n@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];\n}"
 )
 # Not a plain load, so that it is issued before the wait for sums that comes next.
 _LOAD_HALF = (
@@ -44,16 +44,17 @@ def copy(thread, told, pieces, target, source, size):
     ptx.asm(None, operands, _COPY, "r,r,r,r,r,l,r", effects=True)
 
 
-def load_row(pointer, there, constant=True):
+def load_row(pointer, there):
     """16 bytes of a row that is there, else zeros; not moved before what comes before.
+
+    Nobody writes them during the launch.
 
     Args:
       pointer: to them.
       there: a flag.
-      constant: whether nobody writes them during the launch.
     """
-    text, constraints = _LOAD_ROW.format(".nc" if constant else ""), "=&r,=&r,=&r,=&r,l,r"
-    return ptx.results(4, ptx.i32(), [pointer, there], text, constraints, effects=True)
+    constraints = "=&r,=&r,=&r,=&r,l,r"
+    return ptx.results(4, ptx.i32(), [pointer, there], _LOAD_ROW, constraints, effects=True)
 
 
 def load_floats(base, count, pitch):

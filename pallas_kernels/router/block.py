@@ -50,7 +50,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Shapes of a call; a thread block's work, on a `ClusterMachine` or on numpy's stand-in.
+    """Shapes of a call; a thread block's work, on a `RouterMachine` or on numpy's stand-in.
 
     Attributes:
       t: tokens, 1 to 16.
@@ -177,7 +177,7 @@ class Block:
         telling = m.const(plan.ranks * tokens) > m.thread
         m.meet_cluster()
         inbox = refs["told"], _SQUARES
-        m.send(refs["row_squares"], at.rank * tokens + token, total, rank, inbox, telling)
+        m.send(refs["row_squares"], at.rank * tokens + token, [total], rank, inbox, telling)
         m.receive(inbox)
         scales = []
         for token, _ in self._tokens(m, at):
@@ -230,7 +230,7 @@ class Block:
         for cell, there in self._cells(m):
             total = arithmetic.added(m, refs["sums"], cell, self.cells, self.plan.warps)
             index = at.rank * self.cells + cell
-            m.send(refs["shares"], index, total, m.const(0), (refs["told"], _SHARES), there)
+            m.send(refs["shares"], index, [total], m.const(0), (refs["told"], _SHARES), there)
 
     # --- choices ----------------------------------------------------------------------------------
 
@@ -255,10 +255,12 @@ class Block:
 
     def _choose_for(self, m, refs, at: Place, token):
         """A token's experts, a lane for each choice."""
+        live = m.load(refs["live"], token, 4, 1)[0] if "live" in refs else None
         best = self._best(m, at, *self._candidates(m, refs, at, token))
         m.meet_warp()
         index = token * self.plan.experts + best
-        self._write(m, refs, at, token, best, m.load_shared(refs["scores_here"], index, 1)[0])
+        (score,) = m.load_shared(refs["scores_here"], index, 1)
+        self._write(m, refs, at, token, best, score, live)
 
     def _candidates(self, m, refs, at: Place, token):
         """A lane's experts, lane, lane + 32, ..., and keys in the order of their scores.
@@ -282,11 +284,10 @@ class Block:
         """The chosen experts, best first, ties by lowest id: one in each lane, then zeros."""
         return choosing.best(m, at.lane, self.c, experts, keys)
 
-    def _write(self, m, refs, at: Place, token, best, share):
+    def _write(self, m, refs, at: Place, token, best, share, live):
         """Ids and weights of a token."""
         share = choosing.weigh(m, share, self.c, self.normalise, self.scale)
-        if "live" in refs:
-            (live,) = m.load(refs["live"], token, 4, 1)
+        if live is not None:
             best = m.where(live.equals(0), m.const(-1), best)
         there = m.const(self.c) > at.lane
         index = token * self.c + m.minimum(at.lane, self.c - 1)

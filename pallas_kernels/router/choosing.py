@@ -1,6 +1,6 @@
 """How a warp chooses a token's experts by their scores, lane i having experts i, i + 32 and so on.
 
-What threads do is on a `ClusterMachine`, or on numpy's stand-in.
+What threads do is on a `RouterMachine`, or on numpy's stand-in.
 """
 
 from collections.abc import Sequence

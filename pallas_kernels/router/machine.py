@@ -1,31 +1,9 @@
-"""What threads of a cluster do besides what those of a block can: see `attention.machine`."""
-
-from collections.abc import Callable, Sequence
-
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import scf
+"""What threads of a router do besides what those of a cluster can: see `attention.cluster`."""
 
 from pallas_kernels import ptx
-from pallas_kernels.attention.machine import Machine, Reg
+from pallas_kernels.attention.cluster import ClusterMachine
+from pallas_kernels.attention.machine import Reg
 
-# Barriers of shared memory that complete when so many bytes have come. A barrier of the cluster
-# that orders stores has a fence, which waits for all loads under way: here those of the weights.
-_MAKE = "mbarrier.init.shared::cta.b64 [$1+{0}], 1;\n"
-_EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1+{0}], {1};\n"
-_MADE = (
-    "{{\n.reg .pred p;\nsetp.ne.s32 p, $0, 0;\n@p bra DONE;\n{}"
-    "fence.mbarrier_init.release.cluster;\nDONE:\n}}"
-)
-_SEND = (
-    "{ .reg .pred p; .reg .b32 there, told; setp.ne.s32 p, $0, 0; "
-    "mapa.shared::cluster.u32 there, $1, $2; mapa.shared::cluster.u32 told, $3, $2; "
-    "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], $4, [told]; }"
-)
-_RECEIVE = (
-    "{\n.reg .pred p;\nWAIT:\n"
-    "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], 0, 10000000;\n"
-    "@!p bra WAIT;\n}"
-)
 # The addition releases what this block's threads wrote (they have met before) and acquires what
 # the others did. It wraps to 0 after the last block: the word is fit for the next launch.
 _COUNT = (
@@ -34,16 +12,8 @@ _COUNT = (
 )
 
 
-class ClusterMachine(Machine):
-    """The threads of a block, one of `ranks` in a cluster."""
-
-    def __init__(self, threads: int, ranks: int):
-        super().__init__(threads)
-        self.ranks = ranks
-
-    def rsqrt(self, x: Reg) -> Reg:
-        """1 / sqrt(x)."""
-        return Reg(ptx.rsqrt(x.value))
+class RouterMachine(ClusterMachine):
+    """The threads of a block, one of `ranks` in a cluster, one of several."""
 
     def load_new(self, ref, index: Reg) -> Reg:
         """A float of global memory that another block of this launch wrote."""
@@ -52,63 +22,6 @@ class ClusterMachine(Machine):
             ptx.asm(ptx.i32(), [ptx.address(ref, index.value, 4)], text, "=r,l", effects=True)
         )
         return self.as_float(word)
-
-    def open_inboxes(self, told, sizes: Sequence[int]) -> None:
-        """Makes a block's inboxes, each for so many floats, used once; all threads come here.
-
-        Args:
-          told: shared memory, two words an inbox.
-          sizes: floats that will come, from this block too.
-        """
-        if self.ranks == 1:
-            return
-        lines = [_MAKE.format(8 * i) + _EXPECT.format(8 * i, 4 * n) for i, n in enumerate(sizes)]
-        operands = [self.thread.value, ptx.address(told, 0, 4)]
-        text = _MADE.format("".join(lines))
-        ptx.asm(None, operands, text, "r,r", effects=True)
-
-    def begin(self) -> None:
-        """Tells the cluster that the inboxes are open, once loads that come before are under way.
-
-        ptxas moves no load across the barrier; else it puts off those that are not needed first.
-        """
-        self.barrier()
-        if self.ranks > 1:
-            text = "barrier.cluster.arrive.relaxed.aligned;"
-            ptx.asm(None, [], text, "", effects=True)
-
-    def meet_cluster(self) -> None:
-        """Waits until all blocks of the cluster have opened their inboxes."""
-        if self.ranks > 1:
-            text = "barrier.cluster.wait.aligned;"
-            ptx.asm(None, [], text, "", effects=True)
-
-    def send(self, ref, index: Reg, value: Reg, rank: Reg, inbox: tuple, where: Reg) -> None:
-        """A float to the shared memory of a block of the cluster, where the condition holds.
-
-        Args:
-          ref: an array of shared memory, the same in all blocks.
-          index: its place there.
-          value: the float.
-          rank: the block.
-          inbox: where that block is told: `told`, and which.
-          where: the condition.
-        """
-        if self.ranks == 1:
-            self.store_shared(ref, index, [value], where)
-            return
-        told = ptx.address(inbox[0], 2 * inbox[1], 4)
-        flag, there = ptx.flag(where.value), ptx.address(ref, index.value, 4)
-        operands = [flag, there, rank.value, told, value.value]
-        ptx.asm(None, operands, _SEND, "r,r,r,r,f", effects=True)
-
-    def receive(self, inbox: tuple) -> None:
-        """Waits until an inbox of this block is full; what was sent can be read."""
-        if self.ranks == 1:
-            self.barrier()
-            return
-        told = ptx.address(inbox[0], 2 * inbox[1], 4)
-        ptx.asm(None, [told], _RECEIVE, "r", effects=True)
 
     def meet_warp(self) -> None:
         """The lanes of a warp meet; what they wrote to shared memory can be read by them."""
@@ -150,10 +63,3 @@ class ClusterMachine(Machine):
         self.store_shared(flag, self.const(0), [self.as_float(last)], self.thread.equals(0))
         self.barrier()
         return self.bits(self.load_shared(flag, self.const(0), 1)[0]).equals(1)
-
-    def when(self, condition: Reg, then: Callable) -> None:
-        """then(), in warps for which the condition holds: for all of a warp's lanes, or none."""
-        branch = scf.IfOp(condition.value)
-        with ir.InsertionPoint(branch.then_block):
-            then()
-            scf.yield_([])

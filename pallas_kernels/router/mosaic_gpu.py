@@ -53,16 +53,16 @@ def _launch(block: Block, inputs: dict, outputs: dict) -> dict:
 
     def body(*refs):
         from pallas_kernels.attention.machine import Reg
-        from pallas_kernels.router.machine import ClusterMachine
+        from pallas_kernels.router.machine import RouterMachine
 
         kinds = (*[plgpu.RefType()] * len(names), *[plgpu.Layout.WG_SPLAT] * 2)
 
         @plgpu.inline_mgpu(arg_types=kinds)
         def run(_, *given):
             *memory, cluster, rank = given
-            machine = ClusterMachine(plan.threads, plan.ranks)
-            place = [Reg(index.registers.item()) for index in (cluster, rank)]
-            block.run(machine, *place, dict(zip(names, memory, strict=True)))
+            cluster, rank = (Reg(index.registers.item()) for index in (cluster, rank))
+            machine = RouterMachine(plan.threads, plan.ranks, rank)
+            block.run(machine, cluster, rank, dict(zip(names, memory, strict=True)))
 
         rank = lax.axis_index("rank") if plan.ranks > 1 else jnp.int32(0)
         run(*refs, lax.axis_index("cluster"), rank)

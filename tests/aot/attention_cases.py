@@ -10,7 +10,12 @@ from mimo_jax.bench.attention_block_jobs import block_layers
 from mimo_jax.bench.attention_jobs import layers
 from mimo_jax.decode.program import GPU_OPTIONS
 from mimo_jax.presets import drafter_preset
-from pallas_kernels.attention.api import block_attention, decode_attention, draft_attention
+from pallas_kernels.attention.api import (
+    block_attention,
+    decode_attention,
+    draft_attention,
+    write_context,
+)
 from pallas_kernels.attention.shapes import SHAPES
 
 LAYERS = 6
@@ -180,27 +185,57 @@ def block_long_in_a_loop(mesh) -> Case:
     return block_chain(mesh, "pro-tp8-full", 4160)
 
 
-def draft(n: int, h: int, k: int, t: int, window: int, b: int = 1) -> Case:
-    """A drafter's kernel."""
+def draft(config, n: int, k: int, b: int = 1, t: int = 0) -> Case:
+    """A drafter's kernel, with n query and k key/value heads; a block is its own if t is 0."""
     kind = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    own, held = kind((b, t, k, h)), kind((b, k, window + t - 1, h))
+    attention, h, t = config.attention, config.head_dim, t or config.block_size
+    angles = jax.ShapeDtypeStruct((b, t, attention.rotary_dim // 2), jnp.float32)
+    qkv, held = kind((b, t, k, (n // k + 2) * h)), kind((b, k, attention.window + t - 1, h))
     start = jax.ShapeDtypeStruct((b,), jnp.int32)
+    options = dict(value_scale=attention.value_scale, epsilon=config.rms_norm_eps)
 
     def run(*arguments):
         *arrays, sink = arguments
-        return draft_attention(*arrays, window=window, sink=sink, implementation="mosaic_gpu")
+        options["window"], options["sink"] = attention.window, sink
+        return draft_attention(*arrays, **options, implementation="mosaic_gpu")
 
-    return Case(jax.jit(run), (kind((b, t, n, h)), own, own, held, held, start, kind((n,))))
+    norm, sink = kind((h,)), kind((n,))
+    return Case(jax.jit(run), (qkv, norm, norm, angles, angles, held, held, start, sink))
+
+
+def context_pro(mesh) -> Case:
+    """A rank of eight of MiMo-V2.6-Pro: the drafter's contexts, which are donated."""
+    config = drafter_preset("mimo-v2.6-pro")
+    kind = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    attention, h, t = config.attention, config.head_dim, config.block_size
+    layers, options = config.num_hidden_layers, dict(value_scale=0.612, epsilon=1e-5)
+    angles = jax.ShapeDtypeStruct((1, t, attention.rotary_dim // 2), jnp.float32)
+    rings = (kind((1, 1, attention.window + t - 1, h)),) * layers
+    number, kv = jax.ShapeDtypeStruct((1,), jnp.int32), kind((1, t, layers, 1, 2 * h))
+    run = functools.partial(write_context, **options, implementation="mosaic_gpu")
+    arguments = kv, kind((layers, h)), angles, angles, rings, rings, number, number
+    return Case(jax.jit(run, donate_argnums=(4, 5)), arguments)
 
 
 def draft_pro(mesh) -> Case:
     """A rank of eight of MiMo-V2.6-Pro."""
     config = drafter_preset("mimo-v2.6-pro")
-    return draft(config.num_attention_heads // 8, config.head_dim, 1, 8, 1024)
+    return draft(config, config.num_attention_heads // 8, 1)
+
+
+def draft_pro_16(mesh) -> Case:
+    """The most rows."""
+    config = drafter_preset("mimo-v2.6-pro")
+    return draft(config, config.num_attention_heads // 8, 1, t=16)
+
+
+def draft_flash(mesh) -> Case:
+    """One device with all heads."""
+    config = drafter_preset("mimo-v2.6-flash")
+    return draft(config, config.num_attention_heads, config.num_key_value_heads)
 
 
 def draft_nano(mesh) -> Case:
     """The shipped drafter."""
     config = drafter_preset("mimo-nano")
-    heads = config.num_attention_heads, config.head_dim, config.num_key_value_heads
-    return draft(*heads, 8, 256, b=2)
+    return draft(config, config.num_attention_heads, config.num_key_value_heads, b=2)

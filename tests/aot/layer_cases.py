@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from h200 import Case
 
 from mimo_jax.decode.program import GPU_OPTIONS
-from pallas_kernels.attention_layer import attention_layer
+from pallas_kernels.attention_layer import attention_layer, flag_words
 
 LAYERS = 6
 
@@ -33,7 +33,7 @@ def abstract(d: int, heads: int, t: int, output_fp8: bool = False) -> dict:
         sink=array(heads),
         output=array(d, heads * 128, dtype=codes if output_fp8 else jnp.bfloat16),
         output_scale=output_scale,
-        flags=array(8, dtype=jnp.uint32),
+        flags=array(flag_words(rows, heads * 128), dtype=jnp.uint32),
         ahead=array(384, d),
     )
 

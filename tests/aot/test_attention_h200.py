@@ -71,9 +71,17 @@ def test_blocks_in_a_loop_write_their_caches_in_place(case, launches):
     assert len(before.split()) <= 3
 
 
-@pytest.mark.parametrize("case", ["pro", "nano"])
+@pytest.mark.parametrize("case", ["pro", "pro_16", "flash", "nano"])
 def test_a_drafters_block_is_one_launch_without_spills(case):
     found = report(f"attention_cases:draft_{case}")
     assert [kernel.name for kernel in found.kernels] == ["attention_draft"]
     assert found.kernels[0].spilled_bytes == 0
     assert found.launches == 1
+
+
+def test_a_drafters_contexts_are_written_in_place():
+    found = report("attention_cases:context_pro")
+    assert [kernel.name for kernel in found.kernels] == ["attention_context"]
+    assert found.kernels[0].spilled_bytes == 0
+    assert found.launches == 1 and not found.temporaries
+    assert found.outside == ["kCustomCall"]

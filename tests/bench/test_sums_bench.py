@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 
 import jax
 import numpy as np
@@ -61,5 +62,21 @@ def test_half_a_line_is_left_out(tmp_path):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="here are GPUs")
 def test_without_gpus_it_says_why():
+    handler = signal.getsignal(signal.SIGALRM)
     with pytest.raises(MimoError, match="cannot be measured here"):
         sums.main(options(check=True))
+    assert signal.getsignal(signal.SIGALRM) is handler, "an alarm is left: it ends what runs next"
+
+
+def test_a_failing_benchmark_leaves_no_alarm(monkeypatch):
+    def fails(*_):
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 7
+        raise MimoError("no job could be begun")
+
+    monkeypatch.setattr(sums, "_jobs", lambda _: [])
+    monkeypatch.setattr(sums.kernels, "supervise", fails)
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(MimoError, match="no job"):
+        sums.main(options(total_s=7))
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0

@@ -221,7 +221,12 @@ def test_an_interrupted_conversion_goes_on(begun, converted, monkeypatch):
     monkeypatch.setattr(
         module._Job, "convert", lambda self, g, *r: (written.append(g), original(self, g, *r))
     )
-    manifest = convert(source, new, say=said.append)
+    beside = source / ".DS_Store"
+    beside.write_bytes(b"what is not read is free to change")
+    try:
+        manifest = convert(source, new, say=said.append)
+    finally:
+        beside.unlink()
     assert not set(written) & set(finished) and any("2 of" in line for line in said)
     assert {*written, *finished} == {group_of(name) for name in manifest.arrays}
     whole = Manifest.read(converted)
@@ -345,7 +350,7 @@ def test_memory_is_that_of_the_largest_group(tmp_path):
         assert run["largest_group_bytes"] < size / 3 or layers == 2
         shutil.rmtree(tmp_path / "source")
     assert len(set(limits)) == 1 and max(peaks) < limits[0]
-    assert max(peaks) - min(peaks) < 150e6, f"peaks {peaks} grow with the depth"
+    assert max(peaks) - min(peaks) < 100e6, f"peaks {peaks} grow with the depth"
 
 
 @slow

@@ -292,20 +292,55 @@ def test_saving_needs_fitting_parameters(tmp_path, saved):
 
 
 def test_a_checkpoint_is_replaced_only_when_asked(copy, saved):
+    """Whole: what the one before said on conversations is not said of the new one."""
     target = nest({n[7:]: v for n, v in saved.items() if n.startswith("target.")})
     (copy / "README.md").write_text("stays")
+    (copy / "generation_config.json").write_text('{"temperature": 1.9}')
     with pytest.raises(MimoError, match="holds a checkpoint already"):
         store.save(copy, CONFIG, target)
     store.save(copy, CONFIG, target, tokenizer=copy / "tokenizer.json", overwrite=True)
     opened, _ = read(copy)
     assert opened.drafter is None and not (copy / "drafter.json").exists()
+    assert not (copy / "generation_config.json").exists()
     assert (copy / "README.md").read_text() == "stays"
 
 
-def test_interrupted_saving_is_no_checkpoint(copy, saved, monkeypatch):
+def test_what_is_said_on_conversations_goes_along(tmp_path, saved):
+    target = nest({n[7:]: v for n, v in saved.items() if n.startswith("target.")})
+    source, new = tmp_path / "source", tmp_path / "new"
+    source.mkdir()
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    store.save(new, CONFIG, target, carried=source)
+    store.open_checkpoint(new)
+    (new / "chat_template.jinja").write_text("{{ messages[0] }}")
+    with pytest.raises(MimoError, match=r"chat_template.jinja was changed after"):
+        store.open_checkpoint(new)
+
+
+def test_interrupted_saving_is_no_checkpoint(tmp_path, copy, saved, monkeypatch):
+    """Where there is nothing, or when the old one is being replaced."""
     target = nest({n[7:]: v for n, v in saved.items() if n.startswith("target.")})
     monkeypatch.setattr(store.Manifest, "write", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        store.save(copy, CONFIG, target, overwrite=True)
-    with pytest.raises(MimoError, match="saving was interrupted"):
-        store.open_checkpoint(copy)
+    for folder in (tmp_path / "new", copy):
+        with pytest.raises(ZeroDivisionError):
+            store.save(folder, CONFIG, target, overwrite=True)
+        with pytest.raises(MimoError, match="saving was interrupted"):
+            store.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("fails", ["write_tree", "settle"])
+def test_a_disk_without_room_leaves_the_old_one(fails, copy, saved, monkeypatch):
+    target = nest({n[7:]: v for n, v in saved.items() if n.startswith("target.")})
+    _, before = read(copy)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, fails, full)
+        with pytest.raises(OSError, match="No space"):
+            store.save(copy, CONFIG, target, overwrite=True)
+    _, after = read(copy)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    store.save(copy, CONFIG, target, overwrite=True)
+    store.open_checkpoint(copy)

@@ -32,20 +32,6 @@ def decoder(request) -> Decoder:
     )
 
 
-@pytest.fixture
-def compiles():
-    """Counts backend compiles while a test runs."""
-    seen = []
-
-    def listen(name, *_, **__):
-        if name == "/jax/core/compile/backend_compile_duration":
-            seen.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    seen.append(None)  # The listener stays registered: what it sees from now on is not looked at.
-
-
 def draw(rng, vocab):
     prompts = [rng.integers(0, vocab, rng.integers(1, 33)) for _ in range(BATCH)]
     limits = np.array([len(prompt) for prompt in prompts]) + rng.integers(1, 25, BATCH)

@@ -181,6 +181,10 @@ def test_the_command_needs_no_jax(tmp_path, capsys):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "fused qkv" in done.stdout and done.stdout.endswith("  complete\n")
+    (tmp_path / "half").mkdir()
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "half")
+    assert cli.main(["inspect", str(tmp_path / "half")]) == 1
+    assert capsys.readouterr().out.endswith("  not complete\n")
     assert cli.main(["inspect", str(tmp_path / "model"), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["complete"] and figures["config"]["num_hidden_layers"] == 3

@@ -319,8 +319,23 @@ def test_the_command(capsys):
         ({"layout": "rows"}, "layout='rows'"),
         ({"devices": 3}, "devices=3 cannot divide"),
         ({"block": 0}, "block=0"),
+        ({"memory": float("nan")}, "memory=nan is not allowed: it must be a number above 0"),
+        ({"memory": float("inf")}, "memory=inf"),
+        ({"bandwidth": 0}, "bandwidth=0"),
+        ({"bandwidth": -3.0}, "bandwidth=-3.0"),
+        ({"experts": "fp8"}, "experts='fp8' .* 'auto' or 'mxfp4'"),
     ],
 )
 def test_what_is_not_allowed_is_named(arguments, words):
     with pytest.raises(MimoError, match=words):
         plan("mimo-nano", **({"devices": 1} | arguments))
+
+
+def test_experts_of_an_fp8_release():
+    """In bfloat16 they are four times what they are in MXFP4, and the way out is named."""
+    as_loaded, packed = (plan("mimo-v2.5-pro", experts=experts) for experts in ("auto", "mxfp4"))
+    ratio = as_loaded.weights["experts"] / packed.weights["experts"]
+    assert ratio == pytest.approx(16 / 4.25)
+    assert packed.fits and not as_loaded.fits
+    assert "experts='mxfp4' holds them in 4 bits" in str(as_loaded) and not packed.notes
+    assert "max_len=2,000,000 is cut" in str(plan("mimo-nano", 1, 2_000_000))

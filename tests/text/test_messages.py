@@ -32,6 +32,15 @@ def test_one_form():
     ]
 
 
+def test_what_a_client_adds_and_leaves_empty():
+    """A message as OpenAI's client returns it, sent back."""
+    more = {"annotations": [], "refusal": None, "audio": None, "function_call": {}}
+    answer = {"role": "assistant", "content": "a"}
+    assert check_messages([USER, answer | more, USER])[1] == answer
+    with pytest.raises(MimoError, match="has the key 'annotations'"):
+        check_messages([USER, answer | {"annotations": [1]}, USER])
+
+
 def test_what_is_checked_is_a_copy():
     arguments = {"a": [1]}
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}

@@ -8,14 +8,11 @@ from numpy_threads import NumpyThreads, reg
 
 
 class NumpyMachine(NumpyThreads):
-    """The threads of one block; its shared memory is plain arrays of float32.
+    """The threads of one block; its shared memory is plain arrays of float32."""
 
-    What `awaited` has, pairs of arrays, comes from the second to the first with `wait`.
-    """
-
-    def __init__(self, threads: int, awaited=()):
+    def __init__(self, threads: int, waited=None):
         super().__init__(threads)
-        self.awaited = awaited
+        self.waited = waited
         self.threads = threads
         self.thread = reg(self.every.astype(np.int32))
 
@@ -29,15 +26,35 @@ class NumpyMachine(NumpyThreads):
         pass
 
     def wait(self):
-        for place, values in self.awaited:
-            place[...] = values
+        """What is waited for happens only now."""
+        self.waited()
 
-    def load_either(self, condition, one, other, width, words, offset=0):
-        found = [
-            self.load(ref, index, width, words, where, offset=offset)
-            for (ref, index), where in ((one, condition), (other, ~condition))
-        ]
-        return [self.where(condition, a, b) for a, b in zip(*found, strict=True)]
+    def publish(self, ref, index, words, where):
+        assert all((np.asarray(word) != -1).all() for word in words), "a word that says nothing"
+        self.store(ref, index, 4, [reg(~np.asarray(word)) for word in words], where)
+
+    def await_words(self, ref, indices):
+        found = [self.load(ref, index, 4, 4) for index in indices]
+        assert all((np.asarray(w) != 0).all() for words in found for w in words), "it would hang"
+        return [[reg(~np.asarray(word)) for word in words] for words in found]
+
+    def load_shared_words(self, ref, index, words, where=None, other=None):
+        return self.load(ref, index, 4, words, where, other)
+
+    def store_shared_words(self, ref, index, words):
+        self.store(ref, index, 4, words, self.every >= 0)
+
+    def exclusive_or(self, a, b):
+        return reg(np.asarray(a) ^ np.asarray(b))
+
+    def copy(self, target, to, source, index, where):
+        self.store(target, to, 4, self.load(source, index, 2, 4, where), where)
+
+    def await_copies(self):
+        pass
+
+    def meet_warp(self):
+        pass
 
     def to_float(self, value):
         return reg(np.asarray(value).astype(np.float32))

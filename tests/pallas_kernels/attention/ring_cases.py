@@ -1,5 +1,7 @@
 """Shapes of rings and blocks, and all of a launch's thread blocks carried out in numpy."""
 
+import math
+
 import numpy as np
 import pytest
 from attention_cases import BF16
@@ -8,21 +10,42 @@ from numpy_machine import NumpyMachine
 NAMES = ("qkv", "cos", "sin", "keys", "values", "start", "live", "sink")
 
 
-def run(shape, arguments, backwards=False, late=False):
-    """All thread blocks, one after another, in either order; what nobody writes is NaN.
+def run_exchanging(shape, arguments):
+    """All thread blocks of a launch that takes the projection from an exchange, and leaves heads.
 
-    If `late`, so is the projection until a block has waited for it.
+    What each block attends with is in shared memory only when it has waited for it.
     """
     refs = {k: x for k, x in zip(NAMES, arguments, strict=True) if x is not None}
-    qkv = refs["qkv"]
+    refs |= {name: refs[name].copy() for name in ("keys", "values")}
+    qkv, heads = refs.pop("qkv"), (shape.b, shape.t, shape.n, shape.v)
+    words = [~np.ascontiguousarray(qkv).reshape(-1).view(np.uint32)]
+    left, before = np.zeros(math.prod(heads) // 2, np.uint32), 8
+    refs["exchange"] = np.concatenate([np.zeros(before, np.uint32), *words, left])
+    begin = before + words[0].size
+    for block in range(shape.b * shape.k * shape.tiles):
+        for name, size in shape.shared.items():
+            refs[name] = np.full(size, np.nan, np.float32)
+
+        def take(block=block):
+            machine = NumpyMachine(128)
+            at = dict(qkv=machine.const(before))
+            shape.take(machine, machine.const(block), refs | at)
+
+        machine = NumpyMachine(128 * shape.warpgroups, take)
+        shape.run(machine, machine.const(block), refs | dict(out=machine.const(begin)))
+    found = refs["exchange"][begin:]
+    assert (found != 0).all() and not refs["exchange"][:before].any()
+    return (~found).view(BF16).reshape(heads), refs["keys"], refs["values"]
+
+
+def run(shape, arguments, backwards=False):
+    """All thread blocks, one after another, in either order; what nobody writes is NaN."""
+    refs = {k: x for k, x in zip(NAMES, arguments, strict=True) if x is not None}
     refs |= {name: refs[name].copy() for name in ("qkv", "keys", "values")}
     refs["out"] = np.full((shape.b, shape.t, shape.n, shape.v), np.nan, BF16)
     blocks = range(shape.b * shape.k * shape.tiles)
     for block in reversed(blocks) if backwards else blocks:
-        awaited = [(refs["qkv"], qkv)] if late else []
-        if late:
-            refs["qkv"][...] = np.nan
-        machine = NumpyMachine(128 * shape.warpgroups, awaited)
+        machine = NumpyMachine(128 * shape.warpgroups)
         for name, size in shape.shared.items():
             refs[name] = np.full(size, np.nan, np.float32)
         shape.run(machine, machine.const(block), refs)

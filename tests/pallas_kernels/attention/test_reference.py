@@ -7,8 +7,9 @@ from attention_cases import cache, distance, history, normal, reference
 
 from mimo_jax.cache import LayerCache
 from mimo_jax.model.attention import attend, causal
-from mimo_jax.model.layers import rope, rotary_angles
-from pallas_kernels.attention import block_attention, checks, decode_attention
+from mimo_jax.model.dflash import seen_rows
+from mimo_jax.model.layers import rms_norm, rope, rotary_angles
+from pallas_kernels.attention import block_attention, checks, decode_attention, draft_attention
 from pallas_kernels.attention.chunks import SMALLEST, Chunks
 from pallas_kernels.attention.shapes import SHAPES
 
@@ -78,6 +79,40 @@ def test_a_blocks_reference_is_what_the_model_does(window, rng):
     assert distance(found[0][1, :1], wanted[0][1, :1]) < 5e-3
 
 
+def model_draft(qkv, norms, start, keys, values, sink, window, scale, epsilon, theta=500.0):
+    """What a drafter does without the kernel, in steps: heads [b, t, n, v]."""
+    (b, t, _, rows), h, v = qkv.shape, keys.shape[3], values.shape[3]
+    place = start[:, None] + jnp.arange(t, dtype=jnp.int32)
+    q, k, own = jnp.split(qkv, [rows - h - v, rows - v], axis=-1)
+    q = rope(rms_norm(q.reshape(b, t, -1, h), norms[0], epsilon), place, theta, 8)
+    k = rope(rms_norm(k, norms[1], epsilon), place, theta, 8)
+    at = LayerCache(keys, values).positions(start)
+    seen = seen_rows(at, start, place, window)
+    seen = jnp.concatenate([seen, jnp.ones((b, t, t), bool)], axis=2)
+    own = own * jnp.asarray(scale, own.dtype)
+    both = (jnp.concatenate([x, y.swapaxes(1, 2)], axis=2) for x, y in ((keys, k), (values, own)))
+    return attend(q, *both, seen, sink), rotary_angles(place, theta, 8)
+
+
+def test_a_drafts_reference_is_what_the_model_does(rng):
+    _, keys, values, start, _ = (jnp.asarray(x) for x in make(rng, end=(43, 6)))
+    qkv = jnp.asarray(normal(rng, 2, 3, 2, 4 * 16 + 32)) * 3
+    norms = [jnp.asarray(normal(rng, 16)) for _ in range(2)]
+    sink = jnp.asarray(rng.normal(size=6).astype(np.float32))
+    options = dict(window=21, value_scale=0.6, epsilon=0.5, sink=sink)
+    given = start, keys, values, sink, 21, 0.6
+    wanted, angles = model_draft(qkv, norms, *given, 0.5)
+    found = draft_attention(qkv, *norms, *angles, keys, values, start, **options)
+    assert distance(found, wanted) < 5e-3
+    for wrong in (
+        model_draft(qkv, norms[::-1], *given, 0.5),
+        model_draft(qkv, norms, *given, 1e-6),
+        model_draft(qkv, norms, *given[:-2], 20, 0.6, 0.5),
+        model_draft(qkv, norms, *given[:-1], 0.7, 0.5),
+    ):
+        assert not distance(found, wrong[0]) < 1e-2
+
+
 def test_auto_takes_what_the_caller_has_instead_on_a_cpu(rng):
     _, keys, values, start, live = (jnp.asarray(x) for x in make(rng))
     fused, angles = jnp.zeros((2, 3, 2, 96), keys.dtype), jnp.zeros((2, 3, 4))
@@ -115,6 +150,27 @@ def test_what_does_not_fit_a_block_is_refused(change, what):
     arrays = {k: v if k == "window" else jnp.zeros(v) for k, v in shapes.items()}
     with pytest.raises(ValueError, match=what):
         checks.check_block(**{"sink": None, "window": None, **arrays})
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (dict(query_norm=(17,)), r"query_norm \(17,\) and key_norm \(16,\) must be \[16\]"),
+        (dict(key_norm=(1, 16)), "must be"),
+        (dict(qkv=(2, 3, 2, 95)), "whole queries"),
+        (dict(window=2), "window=2 must be at least t=3"),
+        (dict(window=28), "a block of 3 needs 30 rows or more; this has 29"),
+    ],
+)
+def test_what_does_not_fit_a_draft_is_refused(change, what):
+    shapes = dict(
+        qkv=(2, 3, 2, 96), query_norm=(16,), key_norm=(16,), cos=(2, 3, 4), sin=(2, 3, 4),
+        keys=(2, 2, 29, 16), values=(2, 2, 29, 32), start=(2,),
+    ) | change  # fmt: skip
+    window = shapes.pop("window", 20)
+    arrays = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=what):
+        checks.check_draft(**arrays, window=window, sink=None)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,23 @@ def test_matches_the_reference(shape, half, starts, lives, sink, rng):
     assert wrong(arguments, run(shape, arguments), reference(arguments, None, SCALE)) is None
 
 
+@pytest.mark.parametrize(
+    ("sizes", "fits"),
+    [
+        (dict(b=10, s=1 << 20), True),
+        (dict(b=11, s=1 << 20), False),
+        (dict(b=2, k=8, n=128, s=1 << 20), False),
+        (dict(b=64, s=1 << 18), False),
+    ],
+)
+def test_a_cache_whose_places_do_not_fit_32_bits(sizes, fits):
+    """Flash's and Pro's caches of a million tokens: from eleven sequences on."""
+    shape = Turn(Chunked(**(PRO | sizes)), 32, rounded(SCALE))
+    of = shape.attention
+    assert (of.b * of.k * of.s * of.h < 2**31) is fits
+    assert fits is (shape.misfit() is None) and (fits or "2^31" in shape.misfit())
+
+
 class WritesTheDead(Turn):
     """A planted bug: all of the block is cached."""
 

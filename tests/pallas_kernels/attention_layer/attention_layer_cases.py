@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.quant import fp8
+from pallas_kernels.attention_layer import flag_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Shape:
         """Of the first projection."""
         return (self.n + self.k) * self.h + self.k * self.v
 
+    @property
+    def flags(self):
+        """Words for the kernel, as they are made."""
+        return jnp.zeros(flag_words(self.rows, self.n * self.v), jnp.uint32)
+
 
 SHAPES = {
     "pro": Shape(6144, 16, 1, 192, 128, 32, 128, 64),
@@ -41,15 +47,16 @@ def make(rng, shape: Shape, b: int, t: int, start: int, live: int, slack: int = 
     def normal(*sizes, scale=1.0):
         return jnp.asarray(rng.normal(size=sizes) * scale, jnp.bfloat16)
 
-    def weight(rows, columns, unit):
-        values = rng.normal(size=(rows, columns)).astype(np.float32) * columns**-0.5
+    def weight(rows, columns, unit, scale=1.0):
+        values = rng.normal(size=(rows, columns)).astype(np.float32) * (scale * columns**-0.5)
         if unit:
             return tuple(map(jnp.asarray, fp8.quantize(values, unit)))
         return jnp.asarray(values, jnp.bfloat16), None
 
     angles, s = rng.uniform(0, 7, (b, t, shape.half)), shape.window + t - 1 + slack
     qkv, qkv_scale = weight(shape.rows, shape.d, shape.unit)
-    output, output_scale = weight(shape.d, shape.n * shape.v, 128 * shape.output_fp8)
+    # Heads are means of many values: the result is then about as large as the stream.
+    output, output_scale = weight(shape.d, shape.n * shape.v, 128 * shape.output_fp8, 8.0)
     return dict(
         h=normal(b, t, shape.d),
         norm=normal(shape.d),

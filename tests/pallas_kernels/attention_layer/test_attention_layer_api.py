@@ -14,7 +14,7 @@ from pallas_kernels.choice import whole_layers
 from pallas_kernels.linear import linear
 
 SHAPE = Shape(256, 6, 2, 48, 32, 8, 24)
-FLAGS = dict(flags=jnp.zeros(8, jnp.uint32))
+FLAGS = dict(flags=SHAPE.flags)
 
 
 def test_the_reference_is_the_three_parts_one_after_another(rng):
@@ -61,7 +61,7 @@ def test_the_kernel_is_taken_where_it_is_wanted(wanted, rng):
     a = make(rng, shape, 1, 8, 200, 8)
 
     def run(arguments):
-        return attention_layer(**arguments, **options(shape, **FLAGS))
+        return attention_layer(**arguments, **options(shape, flags=shape.flags))
 
     with whole_layers() if wanted else contextlib.nullcontext():
         text = jax.jit(run).trace(a).lower(lowering_platforms=("cuda",)).as_text()
@@ -75,6 +75,8 @@ def test_the_kernel_is_taken_where_it_is_wanted(wanted, rng):
         (dict(flags=None, implementation="mosaic_gpu"), "flags=None: use"),
         (dict(window=400), "a ring for window 400"),
         (dict(rows=9, implementation="mosaic_gpu"), "at most 8 rows, and flags; here are 9 rows"),
+        (dict(word=4, implementation="mosaic_gpu"), "from word=4 on, a multiple of 4; here are"),
+        (dict(word=2, implementation="mosaic_gpu"), "from word=2 on, a multiple of 4; here are"),
     ],
 )
 def test_arguments_that_do_not_fit(change, words, rng):

@@ -22,7 +22,7 @@ TOLERANCE = 1e-2
 @functools.cache
 def kernel(name, stream=False):
     """Of a shape; the flags are the same for all launches."""
-    flags = dict(flags=jnp.zeros(8, jnp.uint32), stream=stream)
+    flags = dict(flags=SHAPES[name].flags, stream=stream)
     rest = options(SHAPES[name], **flags, implementation="mosaic_gpu")
     return jax.jit(lambda a: attention_layer(**a, **rest, ahead=a["qkv"]))
 

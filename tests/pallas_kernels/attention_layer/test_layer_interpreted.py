@@ -25,7 +25,7 @@ from pallas_kernels.linear.reference import linear_reference  # noqa: E402
 SHAPE, B, T = Shape(256, 4, 1, 48, 32, 8, 24), 1, 3
 # Blocks of other numbers than each other's, last steps of few rows, rows that two blocks share.
 PLANS = (
-    Plan(SHAPE.rows, SHAPE.d, 2, 1, 4, 2, 1, ctas=3),
+    Plan(SHAPE.rows, SHAPE.d, 2, 1, 4, 2, 1, ctas=6),
     Plan(SHAPE.d, SHAPE.n * SHAPE.v, 2, 1, 4, 1, 1, ctas=5),
 )
 TOLERANCE = 5e-3
@@ -34,9 +34,7 @@ NAMES = ("qkv", "heads", "y")
 
 def run(arguments, hooks=(Interpreted, Together), stream=False):
     """Three launches, each of which reads what the one before wrote; a ring of three stages."""
-    given = options(
-        SHAPE, stream=stream, flags=jnp.zeros(8, jnp.uint32), plans=PLANS, stages=3, hooks=hooks
-    )
+    given = options(SHAPE, stream=stream, flags=SHAPE.flags, plans=PLANS, stages=3, hooks=hooks)
     given |= dict(interpret=plgpu.InterpretGPUParams())
     seen = dict(qkv_seen=(1, B * T, SHAPE.rows), heads_seen=(B * T, SHAPE.n * SHAPE.v))
     seen = {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in seen.items()}

@@ -9,7 +9,7 @@ import pytest
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("the Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
 
-from cluster_machine import NumpyCluster, Shared
+from numpy_cluster import NumpyCluster, Shared
 from router_cases import BF16, choose, close_calls, normed, random_case, scores
 
 from pallas_kernels.router.block import Block

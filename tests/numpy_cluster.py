@@ -1,4 +1,4 @@
-"""A `ClusterMachine` whose registers are numpy arrays, one element a thread of a whole cluster.
+"""A machine of clusters whose registers are numpy arrays, one element a thread of a whole cluster.
 
 So that a barrier that is missing is seen, though all threads go in step, each word of shared memory
 remembers who wrote it and when: to read another thread's word there must have been a barrier since,
@@ -35,8 +35,8 @@ class NumpyCluster(NumpyThreads):
     def load_new(self, ref, index):
         return self.as_float(self.load(ref, index, 4, 1)[0])
 
-    def store(self, ref, index, width, words, where):
-        super().store(ref, index, width, words, where)
+    def store(self, ref, index, width, words, where, offset=0):
+        super().store(ref, index, width, words, where, offset)
         self.stored = self.time
 
     def prefetch(self, ref, index, width, where):
@@ -45,38 +45,44 @@ class NumpyCluster(NumpyThreads):
     # --- shared memory
 
     def load_shared(self, ref, index, count):
+        threads = self.every[self.active]
         found = np.zeros((self.size, count), np.float32)
-        for thread in self.every[self.active]:
-            for i in range(count):
-                cell = int(self.rank[thread]), int(index[thread]) + i
-                assert 0 <= cell[1] < ref.values.shape[1], "outside shared memory"
-                self._check_order(ref, cell, thread)
-                found[thread, i] = ref.values[cell]
+        for i in range(count):
+            cells = self._cells(ref, self.rank, index + i, threads)
+            self._check_order(ref, cells, threads)
+            found[threads, i] = ref.values[cells]
         return [reg(found[:, i].copy()) for i in range(count)]
 
-    def _check_order(self, ref, cell, thread):
-        writer, inbox = ref.writer[cell], ref.inbox[cell]
-        if inbox >= 0:
-            assert (cell[0], inbox) in self.received, "sent and not received"
-        elif writer not in (-1, thread):
-            assert writer // self.threads == cell[0]
-            same_warp = writer // 32 == thread // 32
-            since = self.warp_time if same_warp else self.time
-            assert ref.time[cell] < max(self.time, since), "no barrier between a store and a load"
+    def _cells(self, ref, rank, index, threads):
+        """Block and place of each thread's word."""
+        place = np.asarray(index)[threads]
+        assert ((place >= 0) & (place < ref.values.shape[1])).all(), "outside shared memory"
+        return np.asarray(rank)[threads], place
+
+    def _check_order(self, ref, cells, threads):
+        writer, inbox = ref.writer[cells], ref.inbox[cells]
+        told = set(zip(cells[0][inbox >= 0].tolist(), inbox[inbox >= 0].tolist(), strict=True))
+        assert told <= self.received, "sent and not received"
+        theirs = (inbox < 0) & (writer != -1) & (writer != threads)
+        assert (writer // self.threads == cells[0])[theirs].all()
+        warp_time = max(self.time, self.warp_time)
+        since = np.where(writer // 32 == threads // 32, warp_time, self.time)
+        assert (ref.time[cells] < since)[theirs].all(), "no barrier between a store and a load"
 
     def store_shared(self, ref, index, values, where):
         for i, value in enumerate(values):
             self._store(ref, index + i, value, self.rank, where, -1)
 
     def _store(self, ref, index, value, rank, where, inbox):
-        for thread in self.every[self.active & np.asarray(where)]:
-            cell = int(rank[thread]), int(index[thread])
-            assert 0 <= cell[1] < ref.values.shape[1], "outside shared memory"
-            assert ref.writer[cell] == -1, "shared memory is written twice"
-            ref.values[cell], ref.writer[cell] = value[thread], thread
-            ref.time[cell], ref.inbox[cell] = self.time, inbox
-            if inbox >= 0:
-                self.sizes[inbox][cell[0]] -= 1
+        threads = self.every[self.active & np.asarray(where)]
+        cells = self._cells(ref, rank, index, threads)
+        once = len(set(zip(*(x.tolist() for x in cells), strict=True))) == len(threads)
+        assert once and (ref.writer[cells] == -1).all(), "shared memory is written twice"
+        ref.values[cells], ref.writer[cells] = np.asarray(value)[threads], threads
+        ref.time[cells], ref.inbox[cells] = self.time, inbox
+        if inbox >= 0:
+            for block, count in zip(*np.unique(cells[0], return_counts=True), strict=True):
+                self.sizes[inbox][block] -= count
 
     def open_inboxes(self, told, sizes):
         assert self.active.all() and 2 * len(sizes) <= told.values.shape[1]
@@ -91,9 +97,10 @@ class NumpyCluster(NumpyThreads):
         )
         self._meet(lambda: setattr(self, "met", True))
 
-    def send(self, ref, index, value, rank, inbox, where):
+    def send(self, ref, index, values, rank, inbox, where):
         assert self.met, "a block may not have begun that something is sent to"
-        self._store(ref, index, value, rank, where, inbox[1])
+        for i, value in enumerate(values):
+            self._store(ref, index + i, value, rank, where, inbox[1])
 
     def receive(self, inbox):
         ranks = set(np.asarray(self.rank)[self.active].tolist())
@@ -137,10 +144,6 @@ class NumpyCluster(NumpyThreads):
         with np.errstate(over="ignore"):
             return super().exp2(x)
 
-    def rsqrt(self, x):
-        with np.errstate(divide="ignore"):
-            return reg((1 / np.sqrt(np.asarray(x))).astype(np.float32))
-
     def bits(self, value):
         return reg(np.asarray(value).view(np.int32))
 
@@ -163,3 +166,10 @@ class NumpyCluster(NumpyThreads):
         if self.active.any():
             then()
         self.active = held
+
+    def branch(self, condition, then, otherwise):
+        found = []
+        self.when(condition, lambda: found.extend(then()))
+        return [
+            self.where(condition, *pair) for pair in zip(found or otherwise, otherwise, strict=True)
+        ]
