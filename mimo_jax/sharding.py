@@ -58,9 +58,9 @@ class Parallel:
     Attributes:
       axis: of the mesh.
       experts: whether devices hold whole experts.
-      ranks: of a program that runs one rank of several alone, to measure it, how many there are.
-        What the absent ones would send stands in: nothing for sums, this rank's own part for
-        gathers, so that all that follows has its size.
+      ranks: of a program that runs some ranks without the others, to measure them, how many there
+        are for each that runs. What the absent ones would send stands in: nothing for sums, the
+        present ones' parts for gathers, so that all that follows has its size.
       mail: a reference to this device's mailbox, through which small arrays go (see
         `with_mail`); None leaves all to XLA's collectives.
     """
@@ -115,8 +115,9 @@ class Parallel:
         if self._by_mail(x):
             at = dimension % x.ndim
             parts = jnp.moveaxis(self._exchange(all_gather, x), 0, at)
-            return parts.reshape(*x.shape[:at], -1, *x.shape[at + 1 :])
-        parts = lax.all_gather(x, self.axis, axis=dimension, tiled=True)
+            parts = parts.reshape(*x.shape[:at], -1, *x.shape[at + 1 :])
+        else:
+            parts = lax.all_gather(x, self.axis, axis=dimension, tiled=True)
         return parts if self.ranks == 1 else jnp.concatenate([parts] * self.ranks, dimension)
 
     def _by_mail(self, x) -> bool:
@@ -132,7 +133,7 @@ class Parallel:
 
     def local(self, ids, size: int):
         """Ids of rows that are divided over the devices, as this one counts its own `size`."""
-        # Absent ranks' rows are as this rank's.
+        # Absent ranks' rows are as this rank's, and so are those of others that are there.
         return ids % size if self.ranks > 1 else ids - self.index * size
 
     @property

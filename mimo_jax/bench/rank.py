@@ -1,7 +1,9 @@
 """Benchmark of one rank of a divided model, alone on one GPU: the time of a decoding round.
 
 The engine's own program runs on one device's part of random weights. What is measured is a round
-without the collectives; what all ranks together would do is projected, in a table of its own.
+without the collectives; what all ranks together would do is projected, in a table of its own. With
+--devices some of the ranks run, each on a GPU, and exchange what they would: their sums and gathers
+are in what is measured, though of so many GPUs.
 """
 
 import argparse
@@ -41,12 +43,17 @@ PARTS = ("greedy", "routing", "profile", "zipf", "sampled", "plain", "contexts")
 """What is measured; at the first context but for the last."""
 DTYPE = jnp.bfloat16
 ZIPF = "greedy, Zipf(1)"
+SUM_US = 8.0
+"""Assumed of a sum that is not measured."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `mimo bench rank`."""
     parser.add_argument("--model", default="mimo-v2.6-pro", help="a preset's name")
     parser.add_argument("--ranks", type=int, default=8, help="devices that share it (default 8)")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="ranks that run, each on a GPU (default 1)"
+    )
     parser.add_argument("--layers", type=int, help="only so many of its first layers")
     parser.add_argument(
         "--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default: all)"
@@ -82,7 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=int, default=0, help="compile prefill too (default 0: leave it out)"
     )
     parser.add_argument(
-        "--sum-us", type=float, default=8.0, help="assumed cost of a sum over ranks (default 8)"
+        "--sum-us",
+        type=float,
+        help="assumed cost of a sum over ranks, beyond what is measured (default 8; of several "
+        "devices, whose own sums are in it, 0)",
     )
     parser.add_argument("--gather-us", type=float, help="of a gather (default: a sum's)")
     parser.add_argument(
@@ -106,13 +116,17 @@ class Bench:
         self.parts = _names(options.parts)
         self.contexts = [int(text) for text in options.contexts.split(",")]
         self.start = time.perf_counter()
-        gather_us = options.sum_us if options.gather_us is None else options.gather_us
-        self.costs = {"sum_us": options.sum_us, "gather_us": gather_us}
+        sum_us = options.sum_us
+        if sum_us is None:
+            sum_us = SUM_US if options.devices == 1 else 0.0
+        gather_us = sum_us if options.gather_us is None else options.gather_us
+        self.costs = {"sum_us": sum_us, "gather_us": gather_us}
         self.result: dict[str, Any] = {
             "benchmark": "rank",
             "model": options.model,
             "ranks": options.ranks,
             **environment(),
+            "devices": options.devices,
             "seed": options.seed,
             "programs": [],
             "rounds": [],
@@ -132,14 +146,14 @@ class Bench:
                 out.write(json.dumps(line) + "\n")
 
     def declare(self) -> None:
-        """The plans: on all devices, as released, and one rank's."""
+        """The plans: on all devices, as released, and of the ranks that are there."""
         options = self.options
         found = find_model(options.model, True)
         self.config, self.drafter = shorten(found.config, found.drafter, options.layers)
         stored_fp8 = found.layout is not None and found.layout.linear == FP8
         fp8 = stored_fp8 if options.linear == "auto" else options.linear == "fp8"
         make = {"packed": True, "fp8": fp8, "dtype": DTYPE}
-        mesh, devices = abstract_mesh(options.ranks), make_mesh(1)
+        mesh, devices = abstract_mesh(options.ranks), make_mesh(options.devices)
         wholes = [make_plan(self.config, drafter, mesh, **make) for drafter in (self.drafter, None)]
         if options.o_proj == "fp8":
             wholes = [output_fp8_plan(whole) for whole in wholes]
@@ -448,7 +462,9 @@ def main(options: argparse.Namespace) -> int:
 
 def show(result: dict[str, Any]) -> None:
     """Prints what was measured, its parts, and, apart from them, what is projected."""
-    title = f"One rank of {result['ranks']} of {result['model']}, {result['device']}: measured"
+    several = result["devices"] > 1
+    ranks = f"{result['devices']} ranks" if several else "One rank"
+    title = f"{ranks} of {result['ranks']} of {result['model']}, {result['device']}: measured"
     columns = ("round", "context", "rows", "ms", "spread", "experts", "GB", "floor ms", "share")
     keys = ("name", "context", "rows", "ms", "spread", "distinct", "bytes", "floor_ms", "share")
     rows = [[row.get(key, "") for key in keys] for row in result["rounds"]]
@@ -480,7 +496,7 @@ def show(result: dict[str, Any]) -> None:
         first = result["projections"][0]
         title = (
             f"Projected for {result['ranks']} ranks, assuming {first['sum_us']:g} us a sum and "
-            f"{first['gather_us']:g} us a gather: {first['collectives']}"
+            f"{first['gather_us']:g} us a gather{' more' * several}: {first['collectives']}"
         )
         print_table(title, ("round", "context", "sums ms", "round ms", *accepted), rows)
 

@@ -31,14 +31,14 @@ class Event:
 
 
 def record(function: Callable[[], Any]) -> list[Event]:
-    """What the GPU ran for a call, in the order of time."""
+    """What the GPU, the first of several, ran for a call, in the order of time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(function())
         events = []
         for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
             for plane in jax.profiler.ProfileData.from_file(path).planes:
-                for line in plane.lines if "GPU" in plane.name else ():
+                for line in plane.lines if plane.name.endswith("GPU:0") else ():
                     if "Stream" in line.name:
                         events += [
                             Event(e.name, e.start_ns / 1e3, e.duration_ns / 1e3)

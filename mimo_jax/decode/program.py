@@ -69,9 +69,9 @@ class Plan:
     """A model's abstract parameters, and how they lie on a mesh.
 
     Build it with `make_plan`. `params` is the pair (target, drafter) of abstract states; a missing
-    drafter is None. `ranks` is 1, or the number of devices of which the mesh's only one is one (see
-    `mimo_jax.decode.rank`). Without `kernels`, programs are XLA's alone, on GPUs too;
-    with `whole_layers`, attention of a window's layer is one launch.
+    drafter is None. `ranks` is 1, or of a plan of some ranks alone how many there are for each
+    device of the mesh (see `mimo_jax.decode.rank`). Without `kernels`, programs are XLA's alone, on
+    GPUs too; with `whole_layers`, attention of a window's layer is one launch.
     """
 
     config: ModelConfig
@@ -248,7 +248,7 @@ def _init(plan: Plan, settings: Settings):
         return init
 
     def part() -> State:
-        """The first rank's part."""
+        """The part of the ranks that are there."""
         state = init()
         return jax.tree.map(
             lambda leaf, spec: first_part(leaf, spec, plan.ranks),

@@ -96,27 +96,50 @@ def test_a_rank_has_the_shapes_of_a_mesh_of_devices():
     assert {cache.keys.shape[1] for cache in state.caches} == {1}
 
 
-def test_a_rank_needs_a_mesh_of_one():
-    whole, _ = whole_and_rank(2)
-    with pytest.raises(MimoError, match="one device; this one has 2"):
-        rank_plan(whole, make_mesh(2))
+def test_ranks_need_devices_that_divide_the_plans():
+    whole, _ = whole_and_rank(4)
+    with pytest.raises(MimoError, match="over 4 devices .* on 3: the number must divide 4"):
+        rank_plan(whole, make_mesh(3))
 
 
-def test_absent_ranks_are_stood_in_for(rng):
-    x = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
-    ids = jnp.asarray(rng.integers(0, 7 * 5, (4,)), jnp.int32)
+def test_two_ranks_of_four_have_half_of_what_four_have():
+    ranks, settings = 4, settings_of()
+    plan = make_plan(NANO, DRAFTER, make_mesh(ranks), dtype=BF16)
+    two = rank_plan(plan, make_mesh(2))
+    assert (two.shards, two.ranks) == (2, 2)
+
+    def shards(plan):
+        leaves = zip(*map(jax.tree.leaves, (plan.params, plan.param_shardings)), strict=True)
+        state = jax.tree.leaves(make_state(plan, settings))
+        return [place.shard_shape(leaf.shape) for leaf, place in leaves] + [
+            leaf.addressable_shards[0].data.shape for leaf in state
+        ]
+
+    assert shards(two) == shards(plan)
+    everyone = rank_plan(plan, make_mesh(ranks))
+    assert everyone.ranks == 1 and everyone.params == plan.params
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_absent_ranks_are_stood_in_for(devices, rng):
+    x = jnp.asarray(rng.normal(size=(3, 5 * devices)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 7 * 5 * devices, (4,)), jnp.int32)
     parallel = Parallel("model", ranks=7)
 
     def body(x, ids):
         return parallel.gather(x, 1), parallel.sum(x), parallel.local(ids, 5)
 
-    everywhere = PartitionSpec()
+    everywhere, divided = PartitionSpec(), PartitionSpec(None, "model")
     run = jax.shard_map(
-        body, mesh=make_mesh(1), in_specs=everywhere, out_specs=everywhere, check_vma=False
+        body,
+        mesh=make_mesh(devices),
+        in_specs=(divided, everywhere),
+        out_specs=everywhere,
+        check_vma=False,
     )
     gathered, total, local = jax.jit(run)(x, ids)
     np.testing.assert_array_equal(gathered, np.tile(x, (1, 7)))
-    np.testing.assert_array_equal(total, x)
+    np.testing.assert_allclose(total, x.reshape(3, devices, 5).sum(axis=1), rtol=1e-6)
     np.testing.assert_array_equal(local, np.asarray(ids) % 5)
 
 
@@ -341,6 +364,23 @@ def test_the_command_measures_a_rank_of_the_shipped_model(tmp_path, capsys):
     assert sum(row["rounds"] for row in result["steady"]["calls"]) >= 24 / 8
     parts = [json.loads(line)["part"] for line in out.read_text().splitlines()]
     assert parts.count("round") == 5 and parts.count("program") == 4
+
+
+@pytest.mark.slow
+def test_ranks_that_run_together_are_projected_without_an_assumed_cost(capsys):
+    arguments = "bench rank --model mimo-nano --ranks 4 --devices 2 --layers 3 --contexts 70"
+    arguments += " --rounds 2 --repeats 1 --read-gib 0 --parts greedy"
+    assert cli.main([*arguments.split(), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (round_,), (projected,) = result["rounds"], result["projections"]
+    assert result["devices"] == 2 and projected["round_ms"] == round_["ms"]
+    assert projected["communication_ms"] == 0 and projected["collectives"]["sums"] == 7
+    assert cli.main([*arguments.split(), "--sum-us", "3"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "2 ranks of 4 of mimo-nano" in shown
+        and "assuming 3 us a sum and 3 us a gather more" in shown
+    )
 
 
 @pytest.mark.slow
