@@ -11,6 +11,8 @@ ACCEPTED = {"coding": 6.30, "mathematics": 5.56, "agents": 4.29}
 """Tokens a round that Xiaomi published for its drafter with blocks of 8."""
 PLAIN = {"plain": 1.0}
 """Without a drafter."""
+_BY_MAIL = {"all_sum": "sums", "all_gather": "gathers"}
+"""Names of the kernels of `pallas_kernels.all_sum`."""
 
 
 def collectives(traced: Any, sampled: bool = False) -> dict[str, int]:
@@ -18,7 +20,8 @@ def collectives(traced: Any, sampled: bool = False) -> dict[str, int]:
 
     Args:
       traced: of a jitted decoding program: `program.trace(...)`. On a mesh of one device they are
-        there as well, and only later compiled away.
+        there as well, and only later compiled away. Those that go by mail count as what they are,
+        not as what stands for them on other platforms.
       sampled: whether tokens are sampled: which branch is taken where tokens are chosen.
 
     Returns:
@@ -29,13 +32,26 @@ def collectives(traced: Any, sampled: bool = False) -> dict[str, int]:
     found: collections.Counter = collections.Counter()
 
     def count(eqn, scope: str) -> None:
-        kind = "sums" if _is(eqn, "psum") else "gathers" if _is(eqn, "all_gather") else None
-        if kind:
+        if kind := _kind(eqn):
             found[f"drafter {kind}" if "drafter" in scope.split("/") else kind] += 1
 
     _find(loops[-1].params["body_jaxpr"].jaxpr, count, sampled=sampled)
     names = ("sums", "gathers", "drafter sums", "drafter gathers")
     return {name: found[name] for name in names}
+
+
+def _kind(eqn) -> str | None:
+    """Of an exchange between devices."""
+    if kind := _BY_MAIL.get(eqn.params.get("name")):
+        return kind
+    return "sums" if _is(eqn, "psum") else "gathers" if _is(eqn, "all_gather") else None
+
+
+def _by_mail(jaxpr) -> bool:
+    """Whether there are exchanges by mail in it."""
+    found: list[Any] = []
+    _find(jaxpr, lambda eqn, _: found.append(eqn) if eqn.params.get("name") in _BY_MAIL else None)
+    return bool(found)
 
 
 def _is(eqn, name: str) -> bool:
@@ -55,6 +71,9 @@ def _find(jaxpr, visit, scope: str = "", sampled: bool | None = None) -> None:
         inner = [*jaxprs_in_params(eqn.params)]
         if _is(eqn, "cond") and "accept" in here.split("/"):
             inner = [eqn.params["branches"][bool(sampled)].jaxpr]
+        elif _is(eqn, "cond"):
+            # Of a kernel and its reference, the kernel.
+            inner = [one for one in inner if _by_mail(one)] or inner
         for one in inner:
             _find(one, visit, here, sampled)
 

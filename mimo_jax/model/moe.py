@@ -203,5 +203,9 @@ class MoE(nnx.Module):
             # Ids of other devices' experts fall outside [0, e) here, as those of dead rows do.
             ids = ids - parallel.index * weights.gate_up.shape[0]
         with jax.named_scope("experts"):
-            y = expert_ffn(rows, weights, ids, routing, residual=residual, ahead=value(ahead))
-        return y.astype(rows.dtype)
+            return expert_ffn(
+                *(rows, weights, ids, routing),
+                residual=residual,
+                ahead=value(ahead),
+                out_dtype=rows.dtype,
+            )

@@ -1,8 +1,11 @@
 """The public face of the expert FFN: argument checks and the choice of an implementation."""
 
 import dataclasses
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
 from pallas_kernels.choice import check_name, choose, kernel_absence
@@ -42,6 +45,7 @@ def expert_ffn(
     *,
     residual: Float[Array, "t d"] | None = None,
     ahead: Shaped[Array, "..."] | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t d"]:
     """Sums each token's chosen experts: routing * down(silu(gate x) * (up x)).
@@ -61,12 +65,13 @@ def expert_ffn(
       residual: bfloat16, added to the sums before they are rounded.
       ahead: what a later kernel will read; the kernel for at most 8 tokens brings it to the L2
         cache in the end.
+      out_dtype: float32 or bfloat16; by default float32, with a residual its type.
       implementation: "auto", or the name of one, which then runs or raises.
 
     Returns:
-      float32 sums in ascending order of expert id, so that a token's bits never depend on the
-      others; with a residual bfloat16, rounded once. Both implementations round hidden values to
-      x's type, after their routing weight, so that what they give differs by the order of sums.
+      sums in ascending order of expert id, so that a token's bits never depend on the others; made
+      in float32 and rounded once, if at all. Both implementations round hidden values to x's type,
+      after their routing weight, so that what they give differs by the order of sums.
 
     Raises:
       ValueError: on shapes, types or weights that do not fit, or an unknown implementation.
@@ -75,29 +80,30 @@ def expert_ffn(
     check_name(implementation)
     _check(x, weights, expert_ids, routing)
     _check_residual(x, residual)
+    out_dtype = _out_dtype(residual, out_dtype)
     return choose(
         implementation,
         (x, weights, expert_ids, routing, residual, ahead),
-        kernel=_kernel,
-        reference=_reference,
+        kernel=partial(_kernel, out_dtype=out_dtype),
+        reference=partial(_reference, out_dtype=out_dtype),
         refusal=_misfit(x, weights, expert_ids) or kernel_absence(),
         without="Experts run on the slow reference",
     )
 
 
-def _kernel(*arguments):
+def _kernel(*arguments, out_dtype):
     from pallas_kernels.expert_ffn.mosaic_gpu import expert_ffn_mosaic
 
-    return expert_ffn_mosaic(*arguments)
+    return expert_ffn_mosaic(*arguments, out_dtype=out_dtype)
 
 
-def _reference(x, weights, expert_ids, routing, residual, ahead):
+def _reference(x, weights, expert_ids, routing, residual, ahead, *, out_dtype):
     if isinstance(weights, KernelWeights):
         weights = ExpertWeights(*unpack_experts(weights))
     y = expert_ffn_reference(x, weights, expert_ids, routing)
-    if residual is None:
-        return y
-    return (residual.astype(jax.numpy.float32) + y).astype(residual.dtype)
+    if residual is not None:
+        y = residual.astype(jnp.float32) + y
+    return y.astype(out_dtype)
 
 
 def _misfit(x, weights, expert_ids) -> ValueError | None:
@@ -112,7 +118,7 @@ def _misfit(x, weights, expert_ids) -> ValueError | None:
         return ValueError(
             f"implementation='mosaic_gpu' takes KernelWeights; these are {kind}: {way}."
         )
-    if x.dtype != jax.numpy.bfloat16:
+    if x.dtype != jnp.bfloat16:
         return ValueError(
             f"implementation='mosaic_gpu' takes x in bfloat16, not {x.dtype}: cast it, or use "
             "implementation='reference'."
@@ -130,6 +136,15 @@ def _check_residual(x, residual):
         raise ValueError(
             f"residual is {residual.dtype} {residual.shape}; x {x.shape} needs bfloat16 {x.shape}."
         )
+
+
+def _out_dtype(residual, out_dtype):
+    """The type of the sums."""
+    if out_dtype is None:
+        return jnp.dtype(jnp.float32 if residual is None else residual.dtype)
+    if jnp.dtype(out_dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"out_dtype is {jnp.dtype(out_dtype)}; it must be float32 or bfloat16.")
+    return jnp.dtype(out_dtype)
 
 
 def _check(x, weights, expert_ids, routing):

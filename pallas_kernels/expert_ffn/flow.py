@@ -389,7 +389,9 @@ class Flow:
             bits=integer((self.grid.words,)),
         )
 
-    def call(self, x, weights, ids, routing, others, interpret, seen=None) -> dict[str, Array]:
+    def call(
+        self, x, weights, ids, routing, others, out_dtype, interpret, seen=None
+    ) -> dict[str, Array]:
         """Launches; returns outputs by name. Others are `residual` and `ahead`, if any."""
         width = common_width(self.up, self.down)
         words = [w.reshape(*w.shape[:2], -1, width) for w in (weights.gate_up, weights.down)]
@@ -399,9 +401,7 @@ class Flow:
         outputs = dict(
             hidden=jax.ShapeDtypeStruct((self.slots, *rows_shape(self.down)), jnp.bfloat16),
             results=jax.ShapeDtypeStruct((t * c, self.down.rows), jnp.float32),
-            y=jax.ShapeDtypeStruct(
-                (t, self.down.rows), jnp.bfloat16 if "residual" in others else jnp.float32
-            ),
+            y=jax.ShapeDtypeStruct((t, self.down.rows), out_dtype),
         )
         if self.time_line:
             shape = (self.ctas, self.consumers + 2, EVENTS, 2)

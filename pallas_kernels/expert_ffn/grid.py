@@ -67,11 +67,12 @@ _STAMP = (
     "mov.u32 clocks, %clock; @p st.global.v2.b32 [$1], {ns, clocks}; }"
 )
 # A pair of bfloat16 plus two sums, each rounded once.
-_ADD_PAIR = (
-    "{ .reg .b32 lo, hi; .reg .f32 a, b; shl.b32 lo, $1, 16; and.b32 hi, $1, 0xFFFF0000; "
-    "mov.b32 a, lo; mov.b32 b, hi; add.rn.f32 a, a, $2; add.rn.f32 b, b, $3; "
-    "cvt.rn.bf16x2.f32 $0, b, a; }"
+_HALVES = (
+    "{ .reg .b32 w; shl.b32 w, $1, 16; mov.b32 $0, w; }",
+    "{ .reg .b32 w; and.b32 w, $1, 0xFFFF0000; mov.b32 $0, w; }",
 )
+"""A word's two bfloat16 as float32."""
+_PACK = "cvt.rn.bf16x2.f32 $0, $1, $2;"
 EVENTS = 6
 """Moments that a warpgroup can note for a time line."""
 
@@ -333,9 +334,9 @@ class Grid:
     def add(self, results_ref, live_ref, residual_ref, out_ref, block):
         """Sums each token's results by ascending expert, all blocks together.
 
-        With a residual, that is added last, and the result is bfloat16.
+        With a residual, that is added last, before the sum is rounded.
         """
-        d = out_ref.shape[1]
+        d, kind = out_ref.shape[1], out_ref.dtype
         added = [] if residual_ref is None else [residual_ref]
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * (3 + len(added))))
@@ -347,11 +348,11 @@ class Grid:
                 with utils.when(ptx.below(index, pieces)):
                     token = arith.divui(index, ptx.int32(d // 4))
                     column = ptx.mul(arith.subi(index, ptx.mul(token, d // 4)), 4)
-                    self._add_piece(results, live, added, out, token, column, d)
+                    self._add_piece(results, live, added, out, token, column, d, kind)
 
         run(block, results_ref, live_ref, out_ref, *added)
 
-    def _add_piece(self, results, live, added, out, token, column, d):
+    def _add_piece(self, results, live, added, out, token, column, d, kind):
         at = ptx.add(ptx.mul(token, d), column)
         pairs = ptx.load_values(ptx.address(added[0], at, 2), 0, 2, ptx.i32()) if added else []
         count = ptx.load(live, token, ptx.i32())
@@ -364,12 +365,16 @@ class Grid:
                 arith.select(exists, arith.addf(a, b), a)
                 for a, b in zip(total, values, strict=True)
             ]
-        if not added:
+        for i, pair in enumerate(pairs):
+            halves = [ptx.asm(ptx.f32(), [pair], half, "=f,r") for half in _HALVES]
+            both = zip(halves, total[2 * i : 2 * i + 2], strict=True)
+            total[2 * i : 2 * i + 2] = [arith.addf(a, b) for a, b in both]
+        if kind == jnp.float32:
             llvm.store(ptx.join(total), ptx.address(out, at, 4), alignment=16)
             return
         words = [
-            ptx.asm(ptx.i32(), [pair, *total[2 * i : 2 * i + 2]], _ADD_PAIR, "=r,r,f,f")
-            for i, pair in enumerate(pairs)
+            ptx.asm(ptx.i32(), [total[i + 1], total[i]], _PACK, "=r,f,f")
+            for i in range(0, len(total), 2)
         ]
         llvm.store(ptx.join(words), ptx.address(out, at, 2), alignment=8)
 

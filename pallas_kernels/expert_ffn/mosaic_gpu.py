@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.expert_ffn.block import (
@@ -76,7 +77,7 @@ def _separate(x, weights, inputs, c, launch, interpret, hooks):
     return x
 
 
-@functools.partial(jax.jit, static_argnames=("launch", "interpret", "hooks"))
+@functools.partial(jax.jit, static_argnames=("launch", "out_dtype", "interpret", "hooks"))
 def run_flow(
     x,
     weights,
@@ -86,19 +87,18 @@ def run_flow(
     ahead=None,
     *,
     launch,
+    out_dtype=jnp.float32,
     interpret=None,
     hooks=None,
 ):
-    """One launch, of at most 8 tokens; outputs by name, among them `y` [t, d].
-
-    That is the sum in float32, or bfloat16 with the residual added.
-    """
+    """One launch, of at most 8 tokens; outputs by name, among them `y` [t, d]."""
     (t, c), experts = expert_ids.shape, weights.gate_up.shape[0]
     make, grid = _hooks(hooks, launch, interpret, t, c, experts, blocked=True)
     flow = make_flow(weights, t, c, make, grid, launch)
     others = {"residual": residual, "ahead": ahead}
     others = {name: array for name, array in others.items() if array is not None}
-    call = functools.partial(flow.call, x, weights, expert_ids, routing.astype(jnp.float32), others)
+    routing = routing.astype(jnp.float32)
+    call = functools.partial(flow.call, x, weights, expert_ids, routing, others, out_dtype)
     if interpret is None:
         _check_resident(launch)
         return call(None)
@@ -166,6 +166,7 @@ def expert_ffn_mosaic(
     ahead: Shaped[Array, "..."] | None = None,
     *,
     launch: Launch | None = None,
+    out_dtype: DTypeLike = jnp.float32,
     **options,
 ) -> Float[Array, "t d"]:
     """See `api.expert_ffn`; x is taken in bfloat16, whatever its type.
@@ -177,11 +178,11 @@ def expert_ffn_mosaic(
     plans = weights.gate_up_plan, weights.down_plan
     if launch.fused and flow_misfit(*plans, t, c, experts) is None:
         arguments = x, weights, expert_ids, routing, residual, ahead
-        return run_flow(*arguments, launch=launch, **options)["y"]
+        return run_flow(*arguments, launch=launch, out_dtype=out_dtype, **options)["y"]
     total = _sum_of_two(x, weights, expert_ids, routing, launch, options)
-    if residual is None:
-        return total
-    return (residual.astype(jnp.float32) + total).astype(jnp.bfloat16)
+    if residual is not None:
+        total = residual.astype(jnp.float32) + total
+    return total.astype(out_dtype)
 
 
 def _sum_of_two(x, weights, expert_ids, routing, launch, options):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_request
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from mimo_jax import cli
@@ -27,6 +28,7 @@ from mimo_jax.planning.report import round_of
 from mimo_jax.planning.sizes import abstract_mesh
 from mimo_jax.presets import drafter_preset, preset
 from mimo_jax.sharding import Parallel, make_mesh
+from pallas_kernels.choice import kernel_absence
 
 NANO, DRAFTER = preset("mimo-nano"), drafter_preset("mimo-nano")
 BF16 = jnp.bfloat16
@@ -163,6 +165,31 @@ def test_collectives_are_counted_in_the_program():
     sampled = projection.collectives(traced, sampled=True)
     assert sum(sampled.values()) > sum(found.values())
     assert sampled["drafter sums"] == found["drafter sums"]
+
+
+@pytest.mark.skipif(bool(kernel_absence()), reason=str(kernel_absence()))
+def test_exchanges_by_mail_are_counted_once_each():
+    """The kernel and the reference of each are in the traced program."""
+
+    def run(x, rounds):
+        parallel = Parallel("model").with_mail()
+
+        def one_round(carry):
+            left, x = carry
+            with jax.named_scope("drafter"):
+                x = parallel.sum(parallel.sum(x))
+            return left - 1, parallel.gather(x, 0)[:3] + parallel.sum(x) + lax.psum(x, "model")
+
+        return lax.while_loop(lambda carry: carry[0] > 0, one_round, (rounds, x))[1]
+
+    specs = dict(in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    traced = jax.jit(jax.shard_map(run, mesh=make_mesh(2), **specs)).trace(jnp.ones((3, 128)), 5)
+    assert projection.collectives(traced) == {
+        "sums": 2,
+        "gathers": 1,
+        "drafter sums": 2,
+        "drafter gathers": 0,
+    }
 
 
 def test_projection_by_hand():

@@ -50,6 +50,22 @@ def test_packed_weights_on_a_cpu_run_the_reference(implementation, case, packed_
     np.testing.assert_array_equal(jax.jit(run)(*packed_case), jax.jit(run)(*case))
 
 
+def test_sums_come_in_the_type_that_is_asked_for(case, rng):
+    x, *rest = case
+    residual = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16)
+    y = expert_ffn(x, *rest)
+    for added, kind, wanted in (
+        (None, jnp.bfloat16, y),
+        (residual, None, residual.astype(jnp.float32) + y),
+        (residual, jnp.float32, residual.astype(jnp.float32) + y),
+    ):
+        out = expert_ffn(x, *rest, residual=added, out_dtype=kind)
+        assert out.dtype == (kind or jnp.bfloat16)
+        np.testing.assert_array_equal(out, wanted.astype(out.dtype))
+    with pytest.raises(ValueError, match="out_dtype is float16; it must be float32 or bfloat16"):
+        expert_ffn(x, *rest, out_dtype=jnp.float16)
+
+
 def test_the_kernel_by_name_needs_packed_weights(case):
     with pytest.raises(ValueError, match="pack them once, at load, with pack_experts"):
         expert_ffn(*case, implementation="mosaic_gpu")

@@ -33,9 +33,9 @@ ways = pytest.mark.parametrize("way", WAYS)
 
 
 @functools.cache
-def launched(way):
+def launched(way, **options):
     """The kernel launched in another way, which changes no bit."""
-    return jax.jit(functools.partial(expert_ffn_mosaic, launch=Launch(**WAYS[way])))
+    return jax.jit(functools.partial(expert_ffn_mosaic, launch=Launch(**WAYS[way]), **options))
 
 
 @jax.jit
@@ -96,6 +96,19 @@ def test_fifty_runs_give_the_same_bits_however_launched(t, way, rng):
     for _ in range(50):
         poison(1)
         np.testing.assert_array_equal(launched(way)(x, packed, ids, routing), first)
+
+
+@ways
+def test_sums_are_rounded_once_a_residual_in_them(way, rng):
+    x, weights, ids, routing = make(rng, "pro-tp8", 8)
+    residual = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16)
+    arguments = x, jax.jit(pack_experts)(weights), ids, routing
+    y = launched(way)(*arguments)
+    rounded = launched(way, out_dtype=jnp.bfloat16)(*arguments)
+    np.testing.assert_array_equal(rounded, y.astype(jnp.bfloat16))
+    for kind in (jnp.bfloat16, jnp.float32):
+        added = launched(way, out_dtype=kind)(*arguments, residual)
+        np.testing.assert_array_equal(added, (residual.astype(jnp.float32) + y).astype(kind))
 
 
 @ways

@@ -158,17 +158,18 @@ def test_a_row_minds_its_own_business(rng):
 @pytest.mark.parametrize(
     "launch", [ONE, pytest.param(TWO, marks=pytest.mark.slow)], ids=["one", "two"]
 )
-def test_a_residual_is_added_before_the_sum_is_rounded(launch, rng):
+def test_sums_are_rounded_once_a_residual_in_them(launch, rng):
     weights = random_experts(rng, EXPERTS, D, F)
     ids, routing = map(jnp.asarray, random_routing(rng, 4, CHOICES, EXPERTS))
     x, residual = tokens(rng, 4), tokens(rng, 4)
     packed, options = layout.pack_experts(weights, *PLANS), dict(launch=launch)
     options["interpret"] = plgpu.InterpretGPUParams()
-    y, added = (
-        mosaic_gpu.expert_ffn_mosaic(x, packed, ids, routing, more, **options)
-        for more in (None, residual)
+    y, rounded, added = (
+        mosaic_gpu.expert_ffn_mosaic(x, packed, ids, routing, more, out_dtype=kind, **options)
+        for more, kind in ((None, jnp.float32), (None, jnp.bfloat16), (residual, jnp.bfloat16))
     )
-    assert added.dtype == jnp.bfloat16
+    assert (y.dtype, rounded.dtype, added.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_array_equal(rounded, y.astype(jnp.bfloat16))
     wanted = (residual.astype(jnp.float32) + y).astype(jnp.bfloat16)
     np.testing.assert_array_equal(added, wanted)
 
