@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shared", action="store_true", help="one program for all contexts: compile once"
     )
-    parser.add_argument("--rounds", type=int, default=50, help="a repeat (default 50)")
+    parser.add_argument("--rounds", type=int, default=100, help="of a long call (default 100)")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     parser.add_argument("--profile-rounds", type=int, default=8, help="default 8")
     parser.add_argument(
@@ -467,6 +467,7 @@ def show(result: dict[str, Any]) -> None:
     title = f"{ranks} of {result['ranks']} of {result['model']}, {result['device']}: measured"
     columns = ("round", "context", "rows", "ms", "spread", "experts", "GB", "floor ms", "share")
     keys = ("name", "context", "rows", "ms", "spread", "distinct", "bytes", "floor_ms", "share")
+    columns, keys = (*columns, "a call ms"), (*keys, "call_ms")
     rows = [[row.get(key, "") for key in keys] for row in result["rounds"]]
     for row in rows:
         row[6] = row[6] / 1e9

@@ -18,6 +18,7 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.decode.options import Options
 from mimo_jax.decode.program import Plan, Settings, make_program
 from mimo_jax.drafter_config import AnyDrafterConfig
+from mimo_jax.errors import MimoError
 from mimo_jax.planning.groups import EXPERTS
 from mimo_jax.planning.report import round_of
 
@@ -129,23 +130,30 @@ class Runner:
     def measure(
         self, params: Any, rounds: int, repeats: int, options: dict[str, Any]
     ) -> dict[str, Any]:
-        """Milliseconds a round: the median of the repeats, their spread, and what a call adds.
+        """Milliseconds a round, from the difference of a long and a short call, and a call's own.
 
         A random drafter's tokens are hardly ever kept, so that as many tokens take about as many
         rounds; those that were are counted.
+
+        Returns:
+          "ms", the median of the repeats; their "spread" and "all_ms"; "call_ms", what a call takes
+          beside its rounds; "rounds" of the long calls, and "tokens_a_round".
+
+        Raises:
+          MimoError: if a long call has no more rounds than a short one.
         """
         self.run(params, 2, options)
-        each, total, emitted = [], 0, 0
+        each, calls, total, emitted = [], [], 0, 0
         for _ in range(repeats):
             self.rewind()
-            seconds, count, tokens = self.run(params, rounds, options)
-            each.append(1e3 * seconds / count)
+            short, few, _ = self.run(params, 1, options)
+            self.rewind()
+            long, count, tokens = self.run(params, rounds, options)
+            if count <= few:
+                raise MimoError(f"{count} rounds in a call are too few to time: ask for more.")
+            each.append(1e3 * (long - short) / (count - few))
+            calls.append(1e3 * short - few * each[-1])
             total, emitted = total + count, emitted + tokens
-        ones = []
-        for _ in range(repeats):
-            self.rewind()
-            seconds, count, _ = self.run(params, 1, options)
-            ones.append(1e3 * seconds / count)
         self.rewind()
         middle = statistics.median(each)
         return {
@@ -154,7 +162,7 @@ class Runner:
             "all_ms": each,
             "rounds": total,
             "tokens_a_round": emitted / total,
-            "call_ms": statistics.median(ones) - middle,
+            "call_ms": statistics.median(calls),
         }
 
     def profile(self, params: Any, rounds: int, options: dict[str, Any]) -> dict[str, Any]:

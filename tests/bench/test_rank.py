@@ -17,7 +17,7 @@ from mimo_jax.bench import rank_projection as projection
 from mimo_jax.bench import rank_routing as routing
 from mimo_jax.bench.hlo import Module, kernels_a_layer
 from mimo_jax.bench.rank_profile import Event, split
-from mimo_jax.bench.rank_run import must_read, shorten
+from mimo_jax.bench.rank_run import Runner, must_read, shorten
 from mimo_jax.bench.rank_weights import random_params, random_state
 from mimo_jax.decode.kernel_weights import kernel_plan
 from mimo_jax.decode.program import Settings, make_plan, make_program, make_state, state_maker
@@ -220,6 +220,31 @@ def test_bytes_of_a_round_follow_the_experts_that_were_chosen():
     assert found[EXPERTS] == 4 * 16 * each
     rest = sum(found.values()) - found[EXPERTS]
     assert rest == expected.nbytes - expected.weights[EXPERTS]
+
+
+class Clock(Runner):
+    """Whose calls take 9 ms and 5 ms a round, and whose rounds emit two tokens."""
+
+    def __init__(self):
+        self.calls = []
+
+    def rewind(self):
+        pass
+
+    def run(self, params, tokens, options, program=None):
+        rounds = -(-tokens // 2)
+        self.calls.append(rounds)
+        return 0.009 + 0.005 * rounds, rounds, 2 * rounds
+
+
+def test_a_rounds_time_has_none_of_a_calls_in_it():
+    clock = Clock()
+    found = clock.measure(None, rounds=24, repeats=3, options={})
+    assert found["ms"] == pytest.approx(5.0) and found["call_ms"] == pytest.approx(9.0)
+    assert found["spread"] == pytest.approx(0.0) and found["tokens_a_round"] == 2
+    assert (found["rounds"], clock.calls) == (3 * 12, [1, 1, 12, 1, 12, 1, 12])
+    with pytest.raises(MimoError, match="1 rounds in a call are too few"):
+        clock.measure(None, rounds=2, repeats=1, options={})
 
 
 # --- routing --------------------------------------------------------------------------------------
