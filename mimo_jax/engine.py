@@ -117,7 +117,9 @@ class Engine(Conversing):
             decoding.release()
         return outputs[0] if single else outputs
 
-    def stream(self, prompt: Prompt, *, every: int = 16, **options: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, *, every: int | None = None, **options: Any
+    ) -> Iterator[Piece]:
         """Answers a prompt piece by piece: the text and tokens of `generate`, as they come.
 
         Stop iterating, or close the iterator, to cancel.
@@ -125,7 +127,8 @@ class Engine(Conversing):
         Args:
           prompt: text or token ids.
           every: tokens that a piece has at least, but for the last: the program pauses after the
-            round that reaches them.
+            round that reaches them. By default after the first, and then after about as many as
+            come in a fifth of a second.
           **options: as for `generate`.
 
         Returns:
@@ -140,7 +143,7 @@ class Engine(Conversing):
         check_room(self.max_len, len(tokens))
         return self._pieces(tokens, every, checked)
 
-    def _pieces(self, tokens: list[int], every: int, options: Options) -> Iterator[Piece]:
+    def _pieces(self, tokens: list[int], every: int | None, options: Options) -> Iterator[Piece]:
         decoding = Decoding(self, 1)
         try:
             decoding.append([tokens], options)
@@ -321,7 +324,7 @@ class Session:
         decoding.advance(decoding.limits)
         return decoding.outputs()[0]
 
-    def stream(self, text: Prompt, *, every: int = 16, **options: Any) -> Iterator[Piece]:
+    def stream(self, text: Prompt, *, every: int | None = None, **options: Any) -> Iterator[Piece]:
         """The same, piece by piece.
 
         Close the iterator to stop the answer: what was said stays in the session.
@@ -347,7 +350,7 @@ class Session:
         return decoding, tokens, checked
 
     def _pieces(
-        self, tokens: list[int], options: Options, every: int, turn: int
+        self, tokens: list[int], options: Options, every: int | None, turn: int
     ) -> Iterator[Piece]:
         self._check_turn(turn)
         self._turn = turn = turn + 1

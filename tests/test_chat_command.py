@@ -43,7 +43,7 @@ class Session:
         self.answers, self.asked, self.system = list(answers), [], "unset"
         self.messages = [{"role": "user", "content": "é"}]
 
-    def stream(self, message, *, every, **options):
+    def stream(self, message, **options):
         self.asked.append((message, options))
         if message == "too long":
             raise MimoError("The prompt is too long.")

@@ -152,6 +152,19 @@ def test_a_stream_is_the_answer(engine, rng):
         assert last.acceptance_histogram == output.stats.acceptance_histogram
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(1e-9, BLOCK), (1e9, 60)])
+def test_pieces_take_as_long_as_they_are_to(seconds, most, monkeypatch, engine):
+    """The first is a round; then a round at a time, or all that is left at once."""
+    monkeypatch.setattr(batch, "PIECE_S", seconds)
+    options = dict(max_tokens=60, ignore_eos=True)
+    first, *others = engine.stream("abc", **options)
+    assert 1 <= len(first.tokens) <= BLOCK
+    assert all(len(piece.tokens) <= most for piece in others)
+    assert most == BLOCK or len(others) == 1
+    joined = sum((piece.tokens for piece in others), first.tokens)
+    assert joined == engine.generate("abc", **options).tokens
+
+
 def test_a_stream_ends_where_the_answer_ends(engine, rng):
     """At an end-of-sequence token anywhere in a piece or block."""
     stopped = 0

@@ -20,9 +20,6 @@ HELP = """\
 /exit           end; so does Ctrl-D
 Ctrl-C stops an answer. A line that ends with \\ goes on with the next."""
 
-EVERY = 8
-"""Tokens between two looks at what was said: often enough to read along, and to stop."""
-
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 """Pictures of control characters: a model's words must not drive a terminal."""
 
@@ -173,7 +170,7 @@ class Talk:
 
     def _answer(self, line: str) -> None:
         """Streams an answer; Ctrl-C stops it, and what was said stays."""
-        stream = self._session.stream(line, every=EVERY, **self._choices)
+        stream = self._session.stream(line, **self._choices)
         output = None
         with contextlib.closing(stream), Interruption() as interruption:
             for delta in stream:

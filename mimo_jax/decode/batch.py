@@ -18,6 +18,11 @@ from mimo_jax.text.tokenizer import Detokenizer
 
 CHUNKS = (64, 256)
 """Rows of a prefill pass: the least that holds the longest prompt, else the last."""
+PIECE_S = 0.2
+"""Seconds that a stream's pieces take by themselves: often enough to read along, and to stop.
+
+Between two of them the device waits for the host's next launch, 7 ms for 70 layers on an H200.
+"""
 
 _log = logging.getLogger("mimo_jax")
 
@@ -72,6 +77,8 @@ class Decoding:
         self.chunk = next((c for c in CHUNKS if longest <= c), CHUNKS[-1])
         self.compile_s = self.wall_s = 0.0
         self.ttft_s: float | None = None
+        # The first token comes as soon as there is one.
+        self._stride = 1
 
     def _uploaded(self, tokens: list[list[int]], starts: np.ndarray) -> State:
         """The state with tokens and counters as they are now; the caches stay where they are.
@@ -96,6 +103,14 @@ class Decoding:
     def after(self, every: int) -> np.ndarray:
         """Lengths at which to pause when each sequence has so many more tokens."""
         return np.minimum(self.lengths + min(every, self.engine.max_len), self.limits)
+
+    def step(self, every: int | None) -> None:
+        """Decodes at least so many tokens more; by itself, as many as likely take `PIECE_S`."""
+        before, since = int(self.lengths.max()), self.wall_s
+        self.advance(self.after(self._stride if every is None else every))
+        fresh, seconds = int(self.lengths.max()) - before, self.wall_s - since
+        if seconds > 0:
+            self._stride = max(1, int(fresh * PIECE_S / seconds))
 
     def advance(self, pauses: np.ndarray) -> None:
         """Decodes until each sequence is over or has at least that length: one launch.
@@ -127,16 +142,15 @@ class Decoding:
         self.wall_s += time.perf_counter() - start
         self.state, self.cached = state, lengths - 1
         self.ttft_s = self.wall_s if self.ttft_s is None else self.ttft_s
-        self.tokens = [
-            row[:length].tolist() for row, length in zip(rows, lengths.tolist(), strict=True)
-        ]
+        for own, row, length in zip(self.tokens, rows, lengths.tolist(), strict=True):
+            own.extend(row[len(own) : length].tolist())
 
-    def pieces(self, every: int) -> Iterator[Piece]:
+    def pieces(self, every: int | None) -> Iterator[Piece]:
         """Decodes the only sequence, and hands it over as it comes: whole characters."""
         detokenizer, shown = Detokenizer(self.engine.tokenizer), 0
         while True:
-            self.advance(self.after(every))
-            fresh = self.answer(0)[shown:]
+            self.step(every)
+            fresh = self.answer(0, shown)
             shown += len(fresh)
             text = detokenizer.push(self.engine._spelled(fresh))
             if self.over:
@@ -146,9 +160,9 @@ class Decoding:
                 return
             yield Piece(text, fresh)
 
-    def answer(self, index: int) -> tuple[int, ...]:
-        """Tokens emitted since `append`, without an end-of-sequence token."""
-        emitted = self.tokens[index][int(self.starts[index]) :]
+    def answer(self, index: int, shown: int = 0) -> tuple[int, ...]:
+        """Tokens emitted since `append`, without the first ones and an end-of-sequence token."""
+        emitted = self.tokens[index][int(self.starts[index]) + shown :]
         return tuple(emitted[:-1] if self.done[index] else emitted)
 
     def outputs(self) -> list[Output]:

@@ -83,10 +83,10 @@ class Turn:
         self._output: ChatOutput | None = None
 
     def deltas(self, every: int | None) -> Iterator[ChatDelta]:
-        """Decodes, `every` tokens at a time or all at once; the last delta has the output."""
+        """Decodes as `Decoding.step` does; the last delta has the output."""
         decoding = self._decoding
         while True:
-            decoding.advance(decoding.limits if every is None else decoding.after(every))
+            decoding.step(every)
             delta = self._take_in()
             if decoding.over:
                 yield dataclasses.replace(delta, output=self.finish())
@@ -96,7 +96,7 @@ class Turn:
     def _take_in(self) -> ChatDelta:
         """What the tokens that are new add to the answer."""
         decoding = self._decoding
-        fresh = decoding.answer(0)[self._shown :]
+        fresh = decoding.answer(0, self._shown)
         self._shown += len(fresh)
         found = self._say(self._detokenizer.push(decoding.engine._spelled(fresh)))
         if not decoding.over:
@@ -175,7 +175,7 @@ def chat_deltas(
       engine: the Engine.
       prompt: rendered.
       options: of the caller.
-      every: tokens that a delta is made of at least; None for all of them.
+      every: tokens that a delta is made of at least; None: see `Engine.stream`.
 
     Raises:
       MimoError: for options that are not allowed, or a prompt that the cache has no room for.
@@ -257,16 +257,18 @@ class ChatSession:
           MimoError: for a message or an option that is not allowed, or if the cache has no room;
             the conversation then stays as it was.
         """
-        return list(self._begin(message, options, None))[-1].output
+        return list(self._begin(message, options, self._engine.max_len))[-1].output
 
-    def stream(self, message: Any, *, every: int = 16, **options: Any) -> Iterator[ChatDelta]:
+    def stream(
+        self, message: Any, *, every: int | None = None, **options: Any
+    ) -> Iterator[ChatDelta]:
         """The same, piece by piece.
 
         Close the iterator to stop the answer: what was said stays in the conversation.
 
         Args:
           message: as for `send`.
-          every: tokens that a delta is made of at least.
+          every: tokens that a delta is made of at least; by default see `Engine.stream`.
           **options: as for `Engine.chat`.
 
         Raises:
@@ -359,6 +361,10 @@ class ChatSession:
 
 
 def check_every(every: Any) -> None:
-    """Raises a MimoError unless it is a whole number of tokens, 1 or more."""
+    """Raises a MimoError unless it is a whole number of tokens, 1 or more, or None."""
+    if every is None:
+        return
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise MimoError(f"every={every!r} is not allowed: it must be a whole number, 1 or more.")
+        raise MimoError(
+            f"every={every!r} is not allowed: it must be a whole number, 1 or more, or None."
+        )

@@ -52,7 +52,7 @@ class Conversing:
             fails, or a checkpoint that knows no conversations.
         """
         prompt = self._chat_prompt(messages, tools, thinking, keep_all_reasoning)
-        return list(chat_deltas(self, prompt, options, None))[-1].output
+        return list(chat_deltas(self, prompt, options, self.max_len))[-1].output
 
     def chat_stream(
         self,
@@ -61,7 +61,7 @@ class Conversing:
         tools: Any = None,
         thinking: bool = True,
         keep_all_reasoning: bool = True,
-        every: int = 16,
+        every: int | None = None,
         **options: Any,
     ) -> Iterator[ChatDelta]:
         """Answers a conversation piece by piece: what `chat` answers, as it comes.
@@ -73,7 +73,8 @@ class Conversing:
           tools: see there.
           thinking: see there.
           keep_all_reasoning: see there.
-          every: tokens that a delta is made of at least, but for the last.
+          every: tokens that a delta is made of at least, but for the last; by default see
+            `Engine.stream`.
           **options: see there.
 
         Returns:
