@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32, Shaped, UInt8
 from pallas_kernels.choice import check_name, choose, kernel_absence
 from pallas_kernels.expert_ffn.layout import KernelWeights, unpack_experts
 from pallas_kernels.expert_ffn.reference import expert_ffn_reference
+from pallas_kernels.expert_ffn.slots import out_dtype_of
 from pallas_kernels.mxfp4 import BLOCK
 
 MOST_CHOICES = 1 << 15
@@ -80,7 +81,7 @@ def expert_ffn(
     check_name(implementation)
     _check(x, weights, expert_ids, routing)
     _check_residual(x, residual)
-    out_dtype = _out_dtype(residual, out_dtype)
+    out_dtype = out_dtype_of(residual, out_dtype)
     return choose(
         implementation,
         (x, weights, expert_ids, routing, residual, ahead),
@@ -136,15 +137,6 @@ def _check_residual(x, residual):
         raise ValueError(
             f"residual is {residual.dtype} {residual.shape}; x {x.shape} needs bfloat16 {x.shape}."
         )
-
-
-def _out_dtype(residual, out_dtype):
-    """The type of the sums."""
-    if out_dtype is None:
-        return jnp.dtype(jnp.float32 if residual is None else residual.dtype)
-    if jnp.dtype(out_dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"out_dtype is {jnp.dtype(out_dtype)}; it must be float32 or bfloat16.")
-    return jnp.dtype(out_dtype)
 
 
 def _check(x, weights, expert_ids, routing):

@@ -27,6 +27,7 @@ from pallas_kernels.expert_ffn.slots import (
     live_choices,
     make_slots,
     most_slots,
+    out_dtype_of,
     sum_choices,
 )
 from pallas_kernels.shared_memory import shared_bytes
@@ -87,7 +88,7 @@ def run_flow(
     ahead=None,
     *,
     launch,
-    out_dtype=jnp.float32,
+    out_dtype=None,
     interpret=None,
     hooks=None,
 ):
@@ -98,6 +99,7 @@ def run_flow(
     others = {"residual": residual, "ahead": ahead}
     others = {name: array for name, array in others.items() if array is not None}
     routing = routing.astype(jnp.float32)
+    out_dtype = out_dtype_of(residual, out_dtype)
     call = functools.partial(flow.call, x, weights, expert_ids, routing, others, out_dtype)
     if interpret is None:
         _check_resident(launch)
@@ -166,7 +168,7 @@ def expert_ffn_mosaic(
     ahead: Shaped[Array, "..."] | None = None,
     *,
     launch: Launch | None = None,
-    out_dtype: DTypeLike = jnp.float32,
+    out_dtype: DTypeLike | None = None,
     **options,
 ) -> Float[Array, "t d"]:
     """See `api.expert_ffn`; x is taken in bfloat16, whatever its type.
@@ -182,7 +184,7 @@ def expert_ffn_mosaic(
     total = _sum_of_two(x, weights, expert_ids, routing, launch, options)
     if residual is not None:
         total = residual.astype(jnp.float32) + total
-    return total.astype(out_dtype)
+    return total.astype(out_dtype_of(residual, out_dtype))
 
 
 def _sum_of_two(x, weights, expert_ids, routing, launch, options):

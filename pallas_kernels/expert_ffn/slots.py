@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 TOKENS = 8
@@ -117,3 +118,16 @@ def sum_choices(results: Float[Array, "tc d"], live: Int32[Array, " t"]) -> Floa
     for i in range(results.shape[1]):
         total = jnp.where(i < live[:, None], total + results[:, i], total)
     return total
+
+
+def out_dtype_of(residual, out_dtype: DTypeLike | None):
+    """The type of the sums: what is asked for, or the residual's, or float32.
+
+    Raises:
+      ValueError: if it is neither float32 nor bfloat16.
+    """
+    if out_dtype is None:
+        return jnp.dtype(jnp.float32 if residual is None else residual.dtype)
+    if jnp.dtype(out_dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"out_dtype is {jnp.dtype(out_dtype)}; it must be float32 or bfloat16.")
+    return jnp.dtype(out_dtype)
