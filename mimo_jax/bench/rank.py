@@ -24,9 +24,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mimo_jax.bench import rank_projection as projection
 from mimo_jax.bench import rank_routing as routing
-from mimo_jax.bench.card import environment, print_json, print_table
+from mimo_jax.bench.card import environment, print_json
 from mimo_jax.bench.hlo import kernels_a_layer
 from mimo_jax.bench.kernel_jobs import read_bandwidth
+from mimo_jax.bench.rank_report import show
 from mimo_jax.bench.rank_run import GREEDY, SAMPLED, Runner, must_read, shorten, steady
 from mimo_jax.bench.rank_weights import random_params
 from mimo_jax.checkpoint.layout import FP8
@@ -458,48 +459,6 @@ def main(options: argparse.Namespace) -> int:
     for failure in bench.result["failed"]:
         print(f"mimo bench rank: {failure}", file=sys.stderr)
     return 1 if bench.result["failed"] else 0
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints what was measured, its parts, and, apart from them, what is projected."""
-    several = result["devices"] > 1
-    ranks = f"{result['devices']} ranks" if several else "One rank"
-    title = f"{ranks} of {result['ranks']} of {result['model']}, {result['device']}: measured"
-    columns = ("round", "context", "rows", "ms", "spread", "experts", "GB", "floor ms", "share")
-    keys = ("name", "context", "rows", "ms", "spread", "distinct", "bytes", "floor_ms", "share")
-    columns, keys = (*columns, "a call ms"), (*keys, "call_ms")
-    rows = [[row.get(key, "") for key in keys] for row in result["rounds"]]
-    for row in rows:
-        row[6] = row[6] / 1e9
-    print_table(title, columns, rows)
-    if "growth" in result:
-        columns = ("context", "added_ms", "bytes_ms", "ratio")
-        rows = [[row[name] for name in columns] for row in result["growth"]]
-        print_table("Longer contexts: added time, and what the added bytes take", columns, rows)
-    for row in result["profiles"]:
-        if "us" in row:
-            table = projection.grouped(row["us"], 1e3 * row["round_ms"])
-            title = f"{row['name']} at {row['context']}: {row['kernels']:.0f} kernels a round"
-            print_table(title, ("part", "device us", "share"), table)
-    rows = [
-        (
-            row["name"],
-            row["context"],
-            row["communication_ms"],
-            row["round_ms"],
-            *row["tokens_per_second"].values(),
-        )
-        for row in result["projections"]
-        if len(row["tokens_per_second"]) > 1
-    ]
-    accepted = [f"tokens/s at {n:.2f}" for n in projection.ACCEPTED.values()]
-    if rows:
-        first = result["projections"][0]
-        title = (
-            f"Projected for {result['ranks']} ranks, assuming {first['sum_us']:g} us a sum and "
-            f"{first['gather_us']:g} us a gather{' more' * several}: {first['collectives']}"
-        )
-        print_table(title, ("round", "context", "sums ms", "round ms", *accepted), rows)
 
 
 if __name__ == "__main__":

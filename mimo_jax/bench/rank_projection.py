@@ -125,8 +125,11 @@ def growth(rows: list[dict[str, Any]], read_gbs: float) -> list[dict[str, Any]]:
 
 
 def grouped(us: dict[str, float], whole_us: float) -> list[tuple[str, float, float]]:
-    """Rows of a table: each part's time and its share of the round, and the time between."""
+    """Rows of a table: each part's time and its share of the round, and the time between.
+
+    Nothing is between where parts, under the profiler, add to more than a round.
+    """
     rows = [(name, value, value / whole_us) for name, value in us.items() if value]
     rows.sort(key=lambda row: (row[0] == OTHERS, -row[1]))
-    between = whole_us - sum(us.values())
+    between = max(whole_us - sum(us.values()), 0.0)
     return [*rows, ("between kernels", between, between / whole_us)]

@@ -431,7 +431,7 @@ def test_ranks_that_run_together_are_projected_without_an_assumed_cost(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert (
         "2 ranks of 4 of mimo-nano" in shown
-        and "assuming 3 us a sum and 3 us a gather more" in shown
+        and "assuming 3 us a sum and 3 us a gather more than measured" in shown
     )
 
 
