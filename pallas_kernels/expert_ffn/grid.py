@@ -66,7 +66,6 @@ _STAMP = (
     "{ .reg .b32 ns, clocks; .reg .pred p; setp.eq.s32 p, $0, 0; mov.u32 ns, %globaltimer_lo; "
     "mov.u32 clocks, %clock; @p st.global.v2.b32 [$1], {ns, clocks}; }"
 )
-# A pair of bfloat16 plus two sums, each rounded once.
 _HALVES = (
     "{ .reg .b32 w; shl.b32 w, $1, 16; mov.b32 $0, w; }",
     "{ .reg .b32 w; and.b32 w, $1, 0xFFFF0000; mov.b32 $0, w; }",
