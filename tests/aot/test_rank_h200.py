@@ -51,3 +51,15 @@ def test_whole_layers_save_two_launches_of_a_window():
     assert not whole.outside and len(whole.graphs) == 1
     # All but the first layer, which has no experts, and one whose attention is full.
     assert separate.launches - whole.launches == 2 * (LAYERS - 2)
+
+
+def test_two_ranks_exchange_inside_the_graph_with_no_launch_more_a_layer():
+    """What is summed comes in the type that it is exchanged in, and the stream is added there."""
+    alone, two = (report("rank_cases:drafted_whole", devices=n) for n in (1, 2))
+    assert not two.outside and len(two.graphs) == 1
+    names = {kernel.name for kernel in two.kernels} - {kernel.name for kernel in alone.kernels}
+    assert names == {"all_gather", "all_sum", "open_mail"}
+    # Two sums a layer, and those of the embeddings, the head and the drafter.
+    assert two.launches - alone.launches > 2 * LAYERS
+    xlas = [found.graphs[0].count("kCustomKernel") for found in (alone, two)]
+    assert xlas[1] - xlas[0] < LAYERS - 1
