@@ -162,10 +162,11 @@ class Bench:
 
         def one(plan: Plan) -> Plan:
             try:
-                plan = rank_plan(plan if options.no_kernel else kernel_plan(plan), devices)
-                return dataclasses.replace(plan, whole_layers=options.whole_layers)
+                packed = plan if options.no_kernel else kernel_plan(plan)
             except ValueError as error:
                 raise MimoError(f"The expert kernel cannot take such a rank: {error}") from None
+            rank = rank_plan(packed, devices)
+            return dataclasses.replace(rank, whole_layers=options.whole_layers)
 
         self.plan, self.plain = one(self.whole), one(self.whole_plain)
         self.result |= {
@@ -240,7 +241,9 @@ class Bench:
         """
         plan = runner.plan
         whole = self.whole if plan is self.plan else self.whole_plain
-        settings = dataclasses.replace(runner.settings, max_len=runner.context + self.room)
+        settings = dataclasses.replace(
+            runner.settings, max_len=runner.context + self.room_of_rounds
+        )
         sizes = must_read(whole, settings, more["distinct"])
         row = {"name": name, "context": runner.context, "rows": runner.settings.block, **more}
         row |= {**figures, "bytes": sum(sizes.values()), "reads": sizes}
@@ -380,9 +383,14 @@ class Bench:
 
     @property
     def room(self) -> int:
-        """Tokens that the caches hold beyond a context: all that timed rounds could emit."""
-        timed = (self.options.rounds + 4) * self.drafter.block_size
+        """Tokens that the caches hold beyond a context."""
+        timed = self.room_of_rounds
         return max(timed, self.room_of_steady) if self.options.shared else timed
+
+    @property
+    def room_of_rounds(self) -> int:
+        """All that timed rounds could emit."""
+        return (self.options.rounds + 4) * self.drafter.block_size
 
     @property
     def room_of_steady(self) -> int:

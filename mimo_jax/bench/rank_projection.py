@@ -47,13 +47,6 @@ def _kind(eqn) -> str | None:
     return "sums" if _is(eqn, "psum") else "gathers" if _is(eqn, "all_gather") else None
 
 
-def _by_mail(jaxpr) -> bool:
-    """Whether there are exchanges by mail in it."""
-    found: list[Any] = []
-    _find(jaxpr, lambda eqn, _: found.append(eqn) if eqn.params.get("name") in _BY_MAIL else None)
-    return bool(found)
-
-
 def _is(eqn, name: str) -> bool:
     return eqn.primitive.name in (name, f"{name}_invariant")
 
@@ -68,14 +61,19 @@ def _find(jaxpr, visit, scope: str = "", sampled: bool | None = None) -> None:
         visit(eqn, here)
         if _is(eqn, "while") and sampled is None:
             continue
-        inner = [*jaxprs_in_params(eqn.params)]
-        if _is(eqn, "cond") and "accept" in here.split("/"):
-            inner = [eqn.params["branches"][bool(sampled)].jaxpr]
-        elif _is(eqn, "cond"):
-            # Of a kernel and its reference, the kernel.
-            inner = [one for one in inner if _by_mail(one)] or inner
-        for one in inner:
+        for one in _inner(eqn, here, sampled):
             _find(one, visit, here, sampled)
+
+
+def _inner(eqn, scope: str, sampled: bool | None) -> list[Any]:
+    """Of branches for platforms that of GPUs, of those that choose tokens the one in question."""
+    if platforms := eqn.params.get("branches_platforms"):
+        # None is of all that have no branch of their own, and last.
+        on_gpus = next(i for i, names in enumerate(platforms) if names is None or "cuda" in names)
+        return [eqn.params["branches"][on_gpus].jaxpr]
+    if _is(eqn, "cond") and "accept" in scope.split("/"):
+        return [eqn.params["branches"][bool(sampled)].jaxpr]
+    return [*jaxprs_in_params(eqn.params)]
 
 
 def communication_us(counts: dict[str, int], sum_us: float, gather_us: float) -> float:

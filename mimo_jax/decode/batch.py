@@ -140,10 +140,11 @@ class Decoding:
             (state.tokens, state.length, state.done, state.histogram, state.round_of)
         )
         self.wall_s += time.perf_counter() - start
-        self.state, self.cached = state, lengths - 1
         self.ttft_s = self.wall_s if self.ttft_s is None else self.ttft_s
         for own, row, length in zip(self.tokens, rows, lengths.tolist(), strict=True):
             own.extend(row[len(own) : length].tolist())
+        # Last: what the caches hold must not be ahead of what is known.
+        self.state, self.cached = state, lengths - 1
 
     def pieces(self, every: int | None) -> Iterator[Piece]:
         """Decodes the only sequence, and hands it over as it comes: whole characters."""

@@ -1,4 +1,4 @@
-"""One rank of a divided model, alone: its shapes, its counts, what is projected, the command."""
+"""Some ranks of a divided model alone: their shapes and counts, what is projected, the command."""
 
 import dataclasses
 import json
@@ -178,18 +178,26 @@ def test_exchanges_by_mail_are_counted_once_each():
             left, x = carry
             with jax.named_scope("drafter"):
                 x = parallel.sum(parallel.sum(x))
-            return left - 1, parallel.gather(x, 0)[:3] + parallel.sum(x) + lax.psum(x, "model")
+            x = parallel.gather(x, 0)[:3] + parallel.sum(x) + lax.psum(x, "model")
+            with jax.named_scope("accept"):
+                x = lax.cond(rounds > 3, lambda: parallel.sum(parallel.sum(x)), lambda: x)
+            return left - 1, x
 
         return lax.while_loop(lambda carry: carry[0] > 0, one_round, (rounds, x))[1]
 
     specs = dict(in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     traced = jax.jit(jax.shard_map(run, mesh=make_mesh(2), **specs)).trace(jnp.ones((3, 128)), 5)
-    assert projection.collectives(traced) == {
-        "sums": 2,
-        "gathers": 1,
-        "drafter sums": 2,
-        "drafter gathers": 0,
-    }
+    wanted = {"sums": 2, "gathers": 1, "drafter sums": 2, "drafter gathers": 0}
+    assert projection.collectives(traced) == wanted
+    # Of the two branches the second one, which is the first of `cond`.
+    assert projection.collectives(traced, sampled=True) == wanted | {"sums": 4}
+
+
+def test_device_time_over_a_rounds_leaves_nothing_between():
+    us = {"experts": 40.0, "router": 0.0, "norms, sums, others": 15.0}
+    rows = projection.grouped(us, whole_us=60.0)
+    assert [name for name, *_ in rows] == ["experts", "norms, sums, others", "between kernels"]
+    assert rows[-1][1] == 5.0 and projection.grouped(us, whole_us=50.0)[-1][1] == 0.0
 
 
 def test_projection_by_hand():
