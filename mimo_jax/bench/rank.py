@@ -45,7 +45,7 @@ PARTS = ("greedy", "routing", "profile", "zipf", "sampled", "plain", "contexts")
 DTYPE = jnp.bfloat16
 ZIPF = "greedy, Zipf(1)"
 SUM_US = 8.0
-"""Assumed of a sum that is not measured."""
+"""Microseconds, assumed of a sum or gather that is not measured."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -140,7 +140,7 @@ class Runner:
           beside its rounds; "rounds" of the long calls, and "tokens_a_round".
 
         Raises:
-          MimoError: if a long call has no more rounds than a short one.
+          MimoError: if a long call has no more rounds than one of a single token.
         """
         self.run(params, 2, options)
         each, calls, total, emitted = [], [], 0, 0
@@ -150,7 +150,10 @@ class Runner:
             self.rewind()
             long, count, tokens = self.run(params, rounds, options)
             if count <= few:
-                raise MimoError(f"{count} rounds in a call are too few to time: ask for more.")
+                raise MimoError(
+                    f"--rounds={rounds}: a call of {count} rounds is no longer than one of "
+                    f"{few}: give more."
+                )
             each.append(1e3 * (long - short) / (count - few))
             calls.append(1e3 * short - few * each[-1])
             total, emitted = total + count, emitted + tokens

@@ -1,9 +1,9 @@
 """A thread block of a window layer's attention: two matrices' shares, and a tile of the ring's.
 
-The producer streams the block's rows of both matrices through one ring of shared memory and never
-waits for the blocks to meet: while attention is under way, the output projection's weights come.
-So a launch costs one start and two meetings instead of three starts, at each of which memory would
-be idle.
+The producer streams the block's rows of both matrices through one ring of shared memory. Where a
+block does not attend it waits for no other block: while attention is under way, the output
+projection's weights come. So there is one start instead of three, at each of which memory would be
+idle.
 
 All blocks must be resident: what some write, others read in the same launch (`exchange`). First the
 projection, which the few blocks that attend take: each its own queries and all new rows, no more.
